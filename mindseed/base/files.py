@@ -1,0 +1,90 @@
+"""Files that are either wholly there or not at all: write beside the target, flush to disk, rename."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterator
+
+from mindseed.base.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it there when the block ends well, remove it when it does not.
+
+    Works for a file or a folder. A folder that is replaced is moved aside first, so that at every moment either the
+    old or the new one can be found (see `recover`). A full disk becomes a UserError.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temp
+        sync(temp)
+        if path.is_dir():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            os.replace(temp, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temp, path)
+        sync(path.parent, deep=False)
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror or error}; free some space or choose another place. "
+                        "What was there before is intact.") from error
+    finally:
+        if temp.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
+        else:
+            temp.unlink(missing_ok=True)
+
+
+def recover(path: Path | str) -> Path:
+    """Undo a kill that came between the two renames of a folder: put the moved-aside folder back."""
+    path = Path(path)
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    return path
+
+
+def sync(path: Path, deep: bool = True) -> None:
+    """Push a file, or a folder with what it holds, to the disk."""
+    inside = list(path.rglob("*")) if deep and path.is_dir() else []
+    for p in [*(p for p in inside if p.is_file()), path]:
+        if not p.exists():
+            continue
+        fd = os.open(p, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    with atomic(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Parse a JSON file; a missing or broken one is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

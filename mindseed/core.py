@@ -1,0 +1,203 @@
+"""The nine nouns: every idea that crosses a folder boundary, on one page.
+
+A model reads a `Batch` and answers with an `Output`; an `Objective` turns the two into a loss; a `Source` hands out
+batches; a `Backend` turns losses into updates. A `Tokenizer` makes ids of text, a `StateSpec` says what a layer
+remembers while decoding, a `Task` grades answers and a `Tool` is something a model may call.
+
+Shape letters, the same in every file: B batch, T time (query tokens), S key time, D model width, V vocabulary,
+H query heads, G key/value heads, K head width, E experts.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Iterator, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to ids and back. Special tokens never arise from plain text unless `allow_special` is set."""
+
+    vocab_size: int
+    specials: dict[str, int]                      # spelling -> id, e.g. {"<|im_end|>": 2}
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def decode(self, ids: list[int], *, skip_special: bool = False) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a model reads and what it should predict. Every tensor is (B, T).
+
+    `positions` restart at 0 for every packed document, so they alone say which tokens may see each other.
+    `extra` holds what one objective or one modality needs; every value has B as its first axis.
+    """
+
+    ids: Tensor              # long
+    targets: Tensor          # long: the token that should follow ids[b, t]
+    weights: Tensor          # float32: how much the loss counts here, 0 for prompts and padding
+    positions: Tensor        # long
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if isinstance(x, Tensor) and x.shape != self.ids.shape:
+                raise ValueError(f"Batch.{f.name} has shape {tuple(x.shape)}, ids has {tuple(self.ids.shape)}")
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "extra"}
+        return replace(self, **move, extra={k: v.to(device, non_blocking=True) for k, v in self.extra.items()})
+
+
+class Source(Protocol):
+    """An endless stream of batches that is a pure function of (seed, index).
+
+    Its state is one integer, the number of rows handed out over ALL ranks, so resuming is exact, costs O(1) and
+    survives a change of world size.
+    """
+
+    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateSpec:
+    """What a mixer remembers while decoding, per layer. Shapes are without batch and time axes.
+
+    Per-token state grows with the sequence and can be paged; per-sequence state is of fixed size, and its presence
+    forbids the reuse of a partial prefix. Cache allocation, memory planning and prefix caching all read this.
+    """
+
+    per_token: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    per_seq: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        return sum(torch.Size(s).numel() for s in self.per_token.values()) * itemsize
+
+    def bytes_per_seq(self, itemsize: int) -> int:
+        return sum(torch.Size(s).numel() for s in self.per_seq.values()) * itemsize
+
+
+class State(Protocol):
+    """One layer's memory of a batch of sequences: where a mixer writes what its StateSpec declares."""
+
+    def append(self, positions: Tensor, **new: Tensor) -> tuple[Tensor, ...]:
+        """Store per-token tensors (B, T, ...); return each whole, (B, S, ...), then key positions (B, S)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a language model hands to an objective: hidden states, and the head that is still to be applied.
+
+    An objective asks for the least it needs: `logps` applies the head chunk by chunk, so that (B, T, V) never exists.
+    """
+
+    hidden: Tensor                                # (B, T, D), after the last norm
+    head: Tensor                                  # (V, D)
+    chunk: int = 1024                             # tokens per application of the head
+    values: Tensor | None = None                  # (B, T): a critic's or reward model's estimate
+    aux: dict[str, Tensor] = field(default_factory=dict)   # auxiliary losses of layers: sums over tokens
+
+    def logits(self) -> Tensor:
+        """(B, T, V), in the dtype of the head's product; for decoding and for objectives that need them all."""
+        return torch.nn.functional.linear(self.hidden, self.head)
+
+    def logps(self, targets: Tensor) -> Tensor:
+        """log p(targets), (B, T), in at least float32; recomputes the head in the backward pass."""
+        return self.logps_and_lse(targets)[0]
+
+    def logps_and_lse(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(targets) and log of the partition function (for z-loss), both (B, T)."""
+        logps, lse = ChunkedHead.apply(self.hidden.flatten(0, 1), self.head, targets.flatten(), self.chunk)
+        return logps.view_as(targets), lse.view_as(targets)
+
+
+class Objective(Protocol):
+    """What is minimised. It never sees the model, only its output, so that no algorithm can bypass a wrapper.
+
+    `prepare` runs without gradients and may attach reference, teacher or old-policy quantities to `Batch.extra`.
+    `loss` returns SUMS over the units that `count` counts; the loop divides once, by the global count.
+    """
+
+    splittable: bool                              # False if micro-batches must not be cut apart (contrastive losses)
+
+    def prepare(self, batch: Batch) -> Batch: ...
+    def count(self, batch: Batch) -> Tensor: ...
+    def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Backend(Protocol):
+    """How a loss becomes an update: native (DDP, FSDP2), a pipeline schedule, or DeepSpeed."""
+
+    def forward_backward(self, batch: Batch, *, scale: Tensor, last: bool) -> dict[str, Tensor]:
+        """Add the gradient of `scale * loss` for one micro-batch; `last` closes the accumulation."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip, update with learning rate `lr`, clear gradients; return the gradient norm before clipping."""
+        ...
+
+
+class Task(Protocol):
+    """A set of examples with a grader; evaluation and reinforcement learning share both."""
+
+    name: str
+
+    def examples(self) -> Iterator[dict]: ...
+    def prompt(self, example: dict) -> list[dict]: ...            # chat messages
+    def grade(self, example: dict, answer: str) -> dict[str, float]: ...   # {"score": 0..1, ...}
+
+
+class Tool(Protocol):
+    """Something a model may call: agents, RL environments, the server and MCP share it."""
+
+    name: str
+    description: str
+    schema: dict                                  # JSON schema of the arguments
+
+    def call(self, arguments: dict) -> str: ...
+
+
+class ChunkedHead(torch.autograd.Function):
+    """Linear head, log-softmax and pick of the target, `chunk` tokens at a time, in both directions.
+
+    The logits of one chunk are all that ever exists: the forward pass keeps the log partition function, from which
+    the backward pass rebuilds the softmax of a chunk with one product. Under autocast the products run in its dtype,
+    while the reductions stay in float32 (or wider).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        h, w = hidden.to(dtype), head.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        logps, lse = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide)
+        for i in range(0, len(h), chunk):
+            logits = torch.nn.functional.linear(h[i:i + chunk], w).to(wide)                   # (chunk, V)
+            lse[i:i + chunk] = logits.logsumexp(-1)
+            logps[i:i + chunk] = logits.gather(-1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
+        ctx.save_for_backward(h, w, targets, lse)
+        ctx.chunk, ctx.dtypes = chunk, (hidden.dtype, head.dtype)
+        return logps, lse
+
+    @staticmethod
+    def backward(ctx, g_logps: Tensor, g_lse: Tensor):
+        h, w, targets, lse = ctx.saved_tensors
+        g_hidden = torch.empty_like(h)
+        g_head = torch.zeros(w.shape, dtype=lse.dtype, device=w.device)
+        for i in range(0, len(h), ctx.chunk):
+            at = slice(i, i + ctx.chunk)
+            grad = torch.nn.functional.linear(h[at], w).to(lse.dtype).sub_(lse[at, None]).exp_()    # softmax
+            grad.mul_((g_lse[at] - g_logps[at])[:, None])
+            grad.scatter_add_(-1, targets[at, None], g_logps[at, None])
+            grad = grad.to(h.dtype)
+            g_hidden[at] = grad @ w
+            g_head += grad.T @ h[at]
+        return g_hidden.to(ctx.dtypes[0]), g_head.to(ctx.dtypes[1]), None, None
