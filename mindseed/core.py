@@ -83,12 +83,25 @@ class StateSpec:
         return sum(torch.Size(s).numel() for s in self.per_seq.values()) * itemsize
 
 
-class State(Protocol):
-    """One layer's memory of a batch of sequences: where a mixer writes what its StateSpec declares."""
+class LayerState(Protocol):
+    """One layer's memory of a batch of sequences: where a mixer keeps what its StateSpec declares."""
 
-    def append(self, positions: Tensor, **new: Tensor) -> tuple[Tensor, ...]:
-        """Store per-token tensors (B, T, ...); return each whole, (B, S, ...), then key positions (B, S)."""
+    def append(self, **new: Tensor) -> tuple[Tensor, ...]:
+        """Store per-token tensors (B, T, ...) and return each whole, (B, S, ...), in the order given."""
         ...
+
+    def get(self, name: str) -> Tensor | None: ...          # per-sequence state, None before the first token
+    def put(self, name: str, value: Tensor) -> None: ...
+
+
+class State(Protocol):
+    """What a model remembers of a batch of sequences while decoding."""
+
+    def begin(self, positions: Tensor) -> Tensor:
+        """Make room for new tokens at positions (B, T); return the positions (B, S) of all keys layers will see."""
+        ...
+
+    def layer(self, index: int) -> LayerState: ...
 
 
 @dataclass(frozen=True, kw_only=True)

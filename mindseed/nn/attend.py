@@ -1,0 +1,73 @@
+"""The one attention call, and the one place that knows which tokens may see each other.
+
+`Layout` is made once per forward pass from positions alone: since positions restart at 0 in every packed document, a
+running count of zeros numbers the documents. It holds what all layers share: rotary tables, and the mask. Layers ask
+`attend(q, k, v, layout)` and need not know whether they are training on packed rows or decoding from a cache.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mindseed.nn.rope import RopeConfig, rope_tables
+
+NOWHERE = 1 << 40                    # the position of a cache slot that no query may see
+
+
+@dataclass
+class Layout:
+    """Where the tokens of a batch stand. `mask` is (B, 1, T, S), True where query t may look at key s; None means
+    plain causal attention when T = S, and that every key is visible when T = 1."""
+
+    positions: Tensor                                       # (B, T)
+    mask: Tensor | None = None
+    rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def training(positions: Tensor) -> Layout:
+        """Rows of packed documents: a query sees earlier tokens of its own document."""
+        if not (positions[:, 1:] == 0).any():
+            return Layout(positions)
+        document = (positions == 0).cumsum(1)                                     # (B, T)
+        same = document[:, :, None] == document[:, None, :]                       # (B, T, T)
+        return Layout(positions, same.tril_()[:, None])
+
+    @staticmethod
+    def decoding(positions: Tensor, key_positions: Tensor) -> Layout:
+        """New tokens after a cache: a query sees keys (B, S) that stand at or before it; NOWHERE hides a key."""
+        T, S = positions.shape[1], key_positions.shape[1]
+        visible = key_positions[:, None, :] <= positions[:, :, None]              # (B, T, S)
+        if T == 1 and bool(visible.all()):
+            return Layout(positions)
+        if T == S and torch.equal(positions, torch.arange(T, device=positions.device).expand_as(positions)):
+            return Layout(positions)
+        return Layout(positions, visible[:, None])
+
+    def add_rotary(self, config: RopeConfig, head_dim: int, dtype: torch.dtype) -> None:
+        """Make the tables of one kind of rotation, unless they are there."""
+        if (config, head_dim) not in self.rotary:
+            self.rotary[config, head_dim] = rope_tables(config, head_dim, self.positions, dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Softmax attention of q (B, T, H, K) over k, v (B, S, G, K): query head h reads key head h // (H / G).
+
+    Returns (B, T, H, K). torch's scaled_dot_product_attention aligns `is_causal` top-left, which is wrong for T < S,
+    so a plain causal mask is asked for only when T = S.
+    """
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask,
+        is_causal=layout.mask is None and q.shape[1] > 1, enable_gqa=q.shape[2] != k.shape[2])
+    return y.transpose(1, 2)
+
+
+def attend_oracle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Attention written out, for tests: softmax(q k^T / sqrt(K)) v under a mask (B, 1, T, S)."""
+    times = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(times, dim=2) for x in (k, v))                    # (B, S, H, K)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
