@@ -1,0 +1,96 @@
+"""The command line: `mindseed <recipe> [preset.toml] --section.option value`.
+
+A recipe is one module of `mindseed/recipes`: a docstring, a dataclass `Options` and `main(options)`. It is imported only
+when it is called, so that `mindseed --help` answers at once. A user's mistake is one or two lines on stderr and exit
+code 2; an interrupt is 130; neither shows a traceback. A traceback means a bug of ours.
+"""
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from mindseed import __version__
+from mindseed.base.config import parse, suggestion
+from mindseed.base.errors import UserError
+
+RECIPES = {                                       # in the order in which a newcomer meets them
+    "demo": "grow a chat model from nothing on embedded data, in minutes, and write a report",
+    "chat": "talk to a model in the terminal",
+    "generate": "answer prompts from stdin, one JSON object a line, for scripts",
+    "tokenizer": "train a tokenizer on your text and report how well it compresses",
+    "prepare": "tokenise files once into memory-mapped shards",
+    "show-batch": "print what a batch trains on, in colour",
+    "plan": "parameters, FLOPs, memory and time of a run before its first step",
+    "train": "pretrain or fine-tune a model",
+    "convert": "read and write other model formats",
+}
+EXAMPLES = """\
+  mindseed demo                                      from nothing to a chat model on this machine
+  mindseed plan --depth 8                            what would a model of depth 8 cost?
+  mindseed train --help                              every option of a recipe, with its default"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one recipe and return the exit code: 0 well, 2 a user's mistake, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:                       # `mindseed generate | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}\n"
+              "Lower the batch size or the sequence length, or recompute activations; `mindseed plan` estimates the "
+              "need beforehand.", file=sys.stderr)
+        return 2
+
+
+def run(argv: list[str]) -> int:
+    """Choose the recipe, parse its options, call it. Raises what `main` turns into exit codes."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"mindseed {__version__}")
+        return 0
+    name, rest = argv[0].replace("_", "-"), argv[1:]
+    if name not in RECIPES:
+        raise UserError(f"{argv[0]!r} is not a recipe{suggestion(name, RECIPES) or '; see `mindseed --help`'}")
+    recipe = load(name)
+    options = parse(recipe.Options, rest, prog=f"mindseed {name}", description=recipe.__doc__)
+    return recipe.main(options) or 0
+
+
+def load(name: str):
+    """The module of a recipe, by its name on the command line."""
+    return importlib.import_module(f"mindseed.recipes.{name.replace('-', '_')}")
+
+
+def overview() -> str:
+    """The text of `mindseed --help`."""
+    width = max(map(len, RECIPES)) + 2
+    lines = [f"  {name:{width}}{what}" for name, what in RECIPES.items()]
+    return "\n".join(["usage: mindseed <recipe> [preset.toml] --section.option value ...", "",
+                      "Grow a language model from a seed.", "", "recipes:", *lines, "", "examples:", EXAMPLES])
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine ran out of memory; asks torch only if it is loaded already."""
+    torch = sys.modules.get("torch")
+    known = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
