@@ -156,6 +156,13 @@ class Backend(Protocol):
         """Clip, update with learning rate `lr`, clear gradients; return the gradient norm before clipping."""
         ...
 
+    def score(self, batch: Batch) -> Tensor:
+        """The summed loss of a batch, without gradients: to find the sample that spoilt a step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 class Task(Protocol):
     """A set of examples with a grader; evaluation and reinforcement learning share both."""

@@ -50,7 +50,7 @@ class LM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = self.embed if config.tied else Linear(config.dim, config.vocab_size, role="column")
+        self.head = None if config.tied else Linear(config.dim, config.vocab_size, role="column")
         self.recompute = False
         self.reset_parameters()
 
@@ -64,7 +64,7 @@ class LM(nn.Module):
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
                 x = block(x, layout, None if state is None else state.layer(i))
-        return Output(hidden=self.norm(x), head=self.head.weight)
+        return Output(hidden=self.norm(x), head=(self.head or self.embed).weight)
 
     def layout(self, positions: Tensor, state: State | None) -> Layout:
         """Masks and rotary tables for this batch, made once for all layers."""
@@ -97,7 +97,5 @@ def build(config: LMConfig, *, seed: int = 0, device: torch.device | str = "cpu"
     with torch.device("meta"):
         model = LM(config)
     model = model.to_empty(device="cpu")
-    if config.tied:
-        model.head = model.embed                  # to_empty may have parted them
     model.reset_parameters(torch.Generator().manual_seed(seed))
     return model.to(device)

@@ -1,0 +1,72 @@
+"""Muon: momentum, orthogonalised (Jordan et al. 2024; 2502.16982).
+
+For a weight matrix the update is replaced by the nearest matrix whose singular values are all one, so that rare
+directions learn as fast as frequent ones. A few Newton-Schulz iterations of an odd quintic polynomial reach it to
+within a factor, using nothing but matrix products. The update is scaled by 0.2 sqrt(max(rows, columns)), which gives
+it the size of a typical AdamW update, so that one learning rate and one weight decay serve both optimisers.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)          # steep at 0, stays near 1: singular values land in about [0.7, 1.2]
+
+
+class Muon(torch.optim.Optimizer):
+    """For 2-D parameters only. Matrices of one shape are stacked and orthogonalised in one batch of products.
+
+    `params` may be tensors or groups; `momentum` is Nesterov's; weight decay is decoupled.
+    """
+
+    def __init__(self, params, lr: float = 0.02, *, momentum: float = 0.95, weight_decay: float = 0.0,
+                 iterations: int = 5) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                  "iterations": iterations})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault((*p.shape, p.device), []).append(p)
+            for params in by_shape.values():
+                self.update(params, group)
+
+    def update(self, params: list[Tensor], group: dict) -> None:
+        """One step for matrices of one shape."""
+        momenta = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            momenta.append(state["momentum"])
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])            # Nesterov: look one step ahead
+        updates = orthogonalise(torch.stack(ahead), group["iterations"])          # (n, rows, columns)
+        scale = 0.2 * max(params[0].shape) ** 0.5
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
+    """U V^T of the singular value decomposition of every matrix in g (..., rows, columns), roughly, in bfloat16.
+
+    Products run on the smaller side: for rows > columns the transpose is iterated. float64 input stays float64.
+    """
+    a, b, c = COEFFICIENTS
+    x = g if g.dtype == torch.float64 else g.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)                    # singular values now at most 1
+    for _ in range(iterations):
+        s = x @ x.mT                                                              # (..., rows, rows)
+        x = a * x + (b * s + c * s @ s) @ x
+    return x.mT if tall else x

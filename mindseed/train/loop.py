@@ -1,0 +1,171 @@
+"""Steps until the end: log, validate, sample, save; stop cleanly when asked to, and never lose a good checkpoint.
+
+`fit` knows no algorithm. What happens every so many steps is a list of hooks, so a recipe adds its own (samples,
+a graded task) without the loop knowing. SIGTERM and Ctrl-C finish the step, save and return; a second Ctrl-C does
+not wait.
+"""
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.base.hardware import peak_memory
+from mindseed.base.log import Sink, StepBar
+from mindseed.optim.ema import EMA
+from mindseed.train.native import NonFinite
+from mindseed.train.state import Checkpoints
+from mindseed.train.step import Run, train_step
+
+
+@dataclass(kw_only=True)
+class Hook:
+    """`call(step)` after every `every` steps and after the last one; what it returns is logged. 0: never."""
+
+    every: int
+    call: Callable[[int], dict[str, Any]]
+    before_first: bool = False                    # also before the first step
+
+
+@dataclass(kw_only=True)
+class Fit:
+    """How long to train and what to do on the way."""
+
+    run: Run
+    steps: int
+    checkpoints: Checkpoints | None = None
+    save_every: int = 0                           # 0: only at the end
+    ema: EMA | None = None
+    hooks: list[Hook] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
+    flops_per_token: float = 0.0                  # forward and backward, for model FLOPs utilisation
+    peak_flops: float = 0.0                       # of all devices together
+    score: str = "bits_per_byte"                  # the logged value by which the best checkpoint is chosen
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and saved itself."""
+
+
+def fit(plan: Fit) -> dict[str, Any]:
+    """Train from `run.step` to `steps`. Returns the last values logged.
+
+    Raises Interrupted after a signal (the checkpoint is written), UserError when the numbers stop being finite.
+    """
+    run, began = plan.run, time.monotonic()
+    with Signals() as signals, StepBar(plan.steps, start=run.step, enabled=dist.is_main()) as bar:
+        if run.step == 0:
+            record(plan, run_hooks(plan, bar, [h for h in plan.hooks if h.before_first]))
+        while run.step < plan.steps:
+            start = time.monotonic()
+            try:
+                values = train_step(run)
+            except NonFinite as error:
+                raise UserError(stop_message(plan, error)) from None
+            spent = time.monotonic() - start
+            values = speed(plan, values, spent) | {"elapsed_s": round(time.monotonic() - began, 3)}
+            bar.update(run.step, values)
+            done = run.step == plan.steps
+            due = [h for h in plan.hooks if h.every and (done or run.step % h.every == 0)]
+            values |= run_hooks(plan, bar, due)
+            record(plan, values)
+            stop = dist.any_rank(signals.received, run.device)
+            if plan.checkpoints and (done or stop or plan.save_every and run.step % plan.save_every == 0):
+                path = plan.checkpoints.save(run, plan.ema, score=values.get(plan.score))
+                if stop and not done:
+                    raise Interrupted(f"stopped after step {run.step} of {plan.steps}; saved {path}. "
+                                      "Give the same command with --resume to go on")
+    return plan.last
+
+
+def run_hooks(plan: Fit, bar: StepBar, hooks: list[Hook]) -> dict[str, Any]:
+    """Call hooks with dropout off; a string among their values is printed, the rest is logged."""
+    if not hooks:
+        return {}
+    model = plan.run.backend.model
+    model.eval()
+    out: dict[str, Any] = {}
+    for hook in hooks:
+        out |= hook.call(plan.run.step)
+    model.train()
+    for key, value in out.items():
+        bar.say(f"  step {plan.run.step}  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
+    return out
+
+
+def record(plan: Fit, values: dict[str, Any]) -> None:
+    plan.last |= values
+    if dist.is_main() and values:
+        for sink in plan.sinks:
+            sink.write(plan.run.step, values)
+
+
+def speed(plan: Fit, values: dict[str, float], spent_s: float) -> dict[str, Any]:
+    """Add tokens per second over all ranks, utilisation of the peak, memory and the total of tokens."""
+    out: dict[str, Any] = dict(values)
+    count = out.pop("count")
+    rows = plan.run.tokens_per_step
+    out["tokens_per_s"] = rows / spent_s
+    if plan.flops_per_token and plan.peak_flops:
+        out["mfu"] = plan.flops_per_token * rows / spent_s / plan.peak_flops
+    out["supervised"] = int(count)
+    out["memory_bytes"] = peak_memory(plan.run.device)
+    if getattr(plan.run.backend, "skipped", 0):
+        out["skipped"] = plan.run.backend.skipped
+    return out
+
+
+def stop_message(plan: Fit, error: NonFinite) -> str:
+    newest = plan.checkpoints.found()[-1:] if plan.checkpoints else []
+    kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint had been written"
+    return (f"step {plan.run.step}: {error}.\nNothing was updated; {kept}. Lower optim.lr, look at the samples with "
+            "show-batch, or train in fp32 to see where it starts.")
+
+
+class Signals:
+    """SIGTERM and Ctrl-C set a flag; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.before[number] = signal.signal(number, self.handle)
+            except ValueError:                    # not in the main thread: leave signals to whoever owns them
+                pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
+    """How many steps fit into `minutes`, from timing a few that leave no trace: no update, stream and randomness reset."""
+    stream, random = run.source.state_dict(), torch.get_rng_state()
+    times = []
+    for _ in range(trials + 1):
+        start = time.monotonic()
+        batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
+        scale = 1 / torch.stack([run.objective.count(b) for b in batches]).sum().clamp_min(1)
+        for i, batch in enumerate(batches):
+            run.backend.forward_backward(batch, scale=scale, last=i == run.accumulate - 1)
+        times.append(time.monotonic() - start)
+    run.backend.clear()
+    run.source.load_state_dict(stream)
+    torch.set_rng_state(random)
+    slowest = max(dist.gather(sorted(times[1:])[trials // 2]))
+    return max(1, int(60 * minutes / (slowest * 1.1)))          # a tenth for updates, validation and saving

@@ -1,0 +1,91 @@
+"""The native backend: autograd, autocast, loss scaling, DDP when there are several processes, clipping, optimisers."""
+from __future__ import annotations
+
+import contextlib
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mindseed.base import dist
+from mindseed.core import Batch, Objective
+from mindseed.train.scored import Scored
+
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFinite(FloatingPointError):
+    """A loss or a gradient is infinite or not a number; the update was not applied."""
+
+
+class NativeBackend:
+    """Weights stay in float32 (the masters); bf16 and fp16 run the products through autocast.
+
+    fp16 multiplies the loss by a growing scale; a step whose gradients overflow is skipped on all ranks alike, and
+    counted. In fp32 and bf16 a non-finite gradient is a fault: NonFinite is raised before anything is updated.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, optimizers: list[torch.optim.Optimizer], *,
+                 precision: Precision = "fp32", max_norm: float = 1.0) -> None:
+        self.model, self.optimizers, self.max_norm, self.precision = model, optimizers, max_norm, precision
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.params[0].device
+        self.scored: nn.Module = Scored(model, objective)
+        if dist.world_size() > 1:
+            self.scored = DistributedDataParallel(self.scored, gradient_as_bucket_view=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.skipped = 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, AUTOCAST[self.precision])
+
+    def forward_backward(self, batch: Batch, *, scale: Tensor, last: bool) -> dict[str, Tensor]:
+        waiting = isinstance(self.scored, DistributedDataParallel) and not last
+        with self.scored.no_sync() if waiting else contextlib.nullcontext():
+            with self.autocast():
+                total, sums = self.scored(batch)
+            self.scaler.scale(total * scale).backward()
+        return {"loss": total.detach(), **sums}
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        """The summed loss alone, outside any wrapper; used to find out which row spoilt a batch."""
+        inner = self.scored.module if isinstance(self.scored, DistributedDataParallel) else self.scored
+        with self.autocast():
+            return inner(batch)[0]
+
+    def step(self, lr: float) -> float:
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_norm or torch.inf)
+        finite = bool(torch.isfinite(norm))
+        if not finite and self.precision != "fp16":
+            self.clear()
+            raise NonFinite(f"gradient norm is {norm.item()} at lr={lr:g}")
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            if finite:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        self.skipped += not finite
+        self.clear()
+        return norm.item()
+
+    def clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict(),
+                "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]

@@ -1,0 +1,167 @@
+"""What a training checkpoint holds, and how a run is carried on as if nothing had happened.
+
+A checkpoint is a folder `step-00000120` with `trainer.pt` (float32 weights, optimisers, scaler, stream position, the
+random state of every rank) and `checkpoint.json` (sizes and sha256 of the files, and the fingerprints of the model,
+the data and the tokenizer). It is written beside its place and renamed when it is whole, so a kill at any moment
+leaves the last good one. Files are read with `weights_only`, so a checkpoint cannot run code.
+"""
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.base.files import atomic, read_json, sha256, write_json
+from mindseed.optim.ema import EMA
+from mindseed.train.native import NativeBackend
+from mindseed.train.step import Run
+
+FORMAT = 1
+
+
+def capture(run: Run, ema: EMA | None) -> dict[str, Any]:
+    """Everything that the next step depends on, as tensors and plain values. A collective call: all ranks take part."""
+    backend = run.backend
+    assert isinstance(backend, NativeBackend)
+    return {"model": backend.model.state_dict(), "backend": backend.state_dict(), "source": run.source.state_dict(),
+            "ema": ema.state_dict() if ema else None, "step": run.step, "tokens": run.tokens,
+            "random": dist.gather(random_state())}
+
+
+def restore(run: Run, ema: EMA | None, saved: dict[str, Any]) -> None:
+    """Put `run` where `capture` found it. On another number of ranks the random states start afresh from rank 0's."""
+    backend = run.backend
+    assert isinstance(backend, NativeBackend)
+    backend.model.load_state_dict(saved["model"])
+    backend.load_state_dict(saved["backend"])
+    run.source.load_state_dict(saved["source"])
+    if ema and saved["ema"]:
+        ema.load_state_dict(saved["ema"])
+    run.step, run.tokens = saved["step"], saved["tokens"]
+    states = saved["random"]
+    set_random_state(states[dist.rank() if len(states) == dist.world_size() else 0])
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class Checkpoints:
+    """The checkpoints of one run folder: the newest `keep`, and the best by validation."""
+
+    def __init__(self, folder: Path, *, keep: int, fingerprints: dict[str, Any]) -> None:
+        self.folder, self.keep, self.fingerprints = Path(folder), keep, fingerprints
+        self.best: float | None = None
+
+    def save(self, run: Run, ema: EMA | None, *, score: float | None = None) -> Path:
+        """Write the checkpoint of this moment; `score` (lower is better) decides which one is the best."""
+        saved = capture(run, ema)
+        path = self.folder / f"step-{run.step:08d}"
+        if dist.is_main():
+            with atomic(path) as temp:
+                temp.mkdir()
+                write_tensors(temp / "trainer.pt", saved)
+                write_json(temp / "checkpoint.json", {
+                    "format": FORMAT, "step": run.step, "tokens": run.tokens, "score": score,
+                    "world_size": dist.world_size(), "fingerprints": self.fingerprints,
+                    "files": {"trainer.pt": {"bytes": (temp / "trainer.pt").stat().st_size,
+                                             "sha256": sha256(temp / "trainer.pt")}}})
+            if score is not None and (self.best is None or score < self.best):
+                self.best = score
+                write_json(self.folder / "best.json", {"checkpoint": path.name, "score": score})
+            self.prune()
+        dist.barrier()
+        return path
+
+    def prune(self) -> None:
+        best = read_json(self.folder / "best.json")["checkpoint"] if (self.folder / "best.json").exists() else None
+        for path in self.found()[:-self.keep]:
+            if path.name != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def found(self) -> list[Path]:
+        """All finished checkpoints, oldest first."""
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, with what it holds; a broken one is passed over with a warning."""
+        problems = []
+        for path in reversed(self.found()):
+            try:
+                saved = self.read(path)
+            except Mismatch:
+                raise
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if (self.folder / "best.json").exists():
+                self.best = read_json(self.folder / "best.json")["score"]
+            for problem in problems:
+                print(f"warning: {problem}; going back to {path.name}")
+            return path, saved
+        if problems:
+            raise UserError("no whole checkpoint is left: " + "; ".join(problems))
+        return None
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """Check a checkpoint against its list of files and read it."""
+        about = read_json(path / "checkpoint.json")
+        if about.get("format") != FORMAT:
+            raise UserError(f"{path} has checkpoint format {about.get('format')}, this version reads {FORMAT}")
+        for name, want in about["files"].items():
+            file = path / name
+            if not file.exists():
+                raise UserError(f"{file} is missing")
+            if file.stat().st_size != want["bytes"]:
+                raise UserError(f"{file} is truncated: {file.stat().st_size} of {want['bytes']} bytes")
+            if sha256(file) != want["sha256"]:
+                raise UserError(f"{file} is damaged: its sha256 is not the one that was written")
+        differences = compare(about["fingerprints"], self.fingerprints)
+        if differences:
+            raise Mismatch(f"{path} was written by another run:\n" + "\n".join(f"  {d}" for d in differences)
+                           + "\nGive the options of that run, or start a new one with another --run")
+        return torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+
+
+class Mismatch(UserError):
+    """A whole checkpoint, but of another model, other data or another tokenizer."""
+
+
+def write_tensors(path: Path, value: Any) -> None:
+    """torch.save; its zip writer reports a full disk as a RuntimeError, which becomes the OSError it is."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "write" in str(error).lower():
+            raise OSError(28, f"no space left on device, or the file cannot be written ({path.name})") from error
+        raise
+
+
+def compare(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """`name: then -> now` for every leaf that differs."""
+    lines = []
+    for key in sorted({*then, *now}):
+        a, b, name = then.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += compare(a, b, f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {short(a)} then, {short(b)} now")
+    return lines
+
+
+def short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

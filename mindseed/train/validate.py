@@ -1,0 +1,31 @@
+"""Bits per byte on held-out documents: the loss of a model in a unit that does not depend on its tokenizer."""
+from __future__ import annotations
+
+import math
+from typing import Iterable
+
+import torch
+
+from mindseed.base import dist
+from mindseed.core import Batch
+from mindseed.train.native import NativeBackend
+
+
+@torch.no_grad()
+def evaluate(backend: NativeBackend, batches: Iterable[Batch], *, raw_bytes: int) -> dict[str, float]:
+    """Negative log-likelihood over all supervised tokens of `batches`, which together spell `raw_bytes` bytes of UTF-8.
+
+    Every rank is given all batches and takes its share; the result is the same on all. The model's mode is left alone.
+    """
+    device = backend.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)                     # nats, tokens
+    for i, batch in enumerate(batches):
+        if i % dist.world_size() != dist.rank():
+            continue
+        batch = batch.to(device)
+        with backend.autocast():
+            logps = backend.model(batch.ids, batch.positions).logps(batch.targets)
+        sums[0] -= (logps.double() * batch.weights).sum()
+        sums[1] += batch.weights.sum()
+    nats, tokens = dist.sum_over_ranks(sums).tolist()
+    return {"bits_per_byte": nats / math.log(2) / max(raw_bytes, 1), "nll": nats / max(tokens, 1)}
