@@ -294,7 +294,7 @@ def run_tyro(tyro: Any, cls: type[T], args: list[str], prog: str, description: s
         what, colon, why = first.removeprefix("Error parsing ").partition(": ")
         kind = {leaf.name: leaf.type for leaf in leaves(cls)}.get(what.removeprefix("--"))
         if colon and kind is not None and first.startswith("Error parsing"):
-            given = " ".join(args).partition(f"{what} ")[2].partition(" --")[0]
+            given = " ".join(args).partition(what)[2].partition(" --")[0].lstrip("= ")
             raise UserError(f"{what} must be {spell(kind)}, not {given!r}") from None
         raise UserError(why if what == cls.__name__ else first.removeprefix("Error parsing ")) from None
 
