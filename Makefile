@@ -1,0 +1,63 @@
+# Two commands: `make demo` grows a chat model from nothing, `make test` passes the tests. Both make their own virtual
+# environment first. torch goes in before everything else, and a constraint keeps whatever follows from replacing it.
+#
+# pip's own settings are respected (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf): where an index offers a CPU-only
+# build of the same version, pip prefers it. TORCH=... chooses another build: make demo TORCH=torch==2.13.0+cpu
+
+TORCH ?= torch==2.13.0
+VENV  ?= .venv
+ARGS  ?=
+BIN   := $(VENV)/bin
+PIP   := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input
+LIMIT := $(VENV)/constraints.txt
+READY := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench clean env
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1 	/p' $(MAKEFILE_LIST)
+
+demo: env  ## grow a chat model from nothing on embedded data (ARGS="--help" for its options)
+	@$(BIN)/mindseed demo $(ARGS)
+
+test: $(VENV)/.test  ## the whole test suite (ARGS="-m parity" for a part of it)
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench  ## measure the figures of docs/BENCHMARKS.md on this machine
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove the environment and caches; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env: $(VENV)/.core  ## only the virtual environment
+
+# Each stamp is written last, so a broken installation is taken up again by the next call.
+$(VENV)/.torch: Makefile
+	@python=; for p in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
+	    if $$p -c '$(READY)' >/dev/null 2>&1; then python=$$p; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	    echo "error: no Python 3.11 or newer (with venv) was found; install one or name it: make PYTHON=/path/to/python" >&2; \
+	    exit 2; fi; \
+	echo "[1/3] virtual environment in $(VENV), $$($$python --version)"; \
+	$$python -m venv $(VENV)
+	@echo "[2/3] $(TORCH) (the large download)"
+	@$(PIP) "$(TORCH)"
+	@$(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' > $(LIMIT)
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.torch pyproject.toml
+	@echo "[3/3] mindseed and its libraries"
+	@$(PIP) --constraint $(LIMIT) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@echo "[+] what the tests need: pytest, hypothesis, transformers, pyarrow, zstandard"
+	@$(PIP) --constraint $(LIMIT) --editable ".[test,parity,parquet,zstd]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.core
+	@echo "[+] what the benchmarks need: transformers, matplotlib"
+	@$(PIP) --constraint $(LIMIT) --editable ".[bench,parquet,zstd]"
+	@touch $@
