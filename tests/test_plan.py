@@ -1,0 +1,142 @@
+"""Plans against reality: every count is compared with real tensors, real caches and torch's own counters."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mindseed.infer.state import Cache
+from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.models.lm import LM, build
+from mindseed.models.presets import PRESETS, Shape, shape_of_depth
+from mindseed.nn.ffn import SwiGLU, SwiGLUConfig
+from mindseed.nn.gqa import GQA, GQAConfig
+from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
+from mindseed.plan.flops import flops_per_token
+from mindseed.plan.memory import (activation_bytes_per_token, cache_bytes_per_token, optimizer_bytes, plan_memory,
+                                  token_ratio)
+from mindseed.plan.params import count_params
+
+# Every size different, so that no two terms of a formula can be swapped unseen.
+SHAPE = Shape(layers=3, dim=48, heads=6, kv_heads=2, head_dim=10, ffn_dim=112)
+CONFIGS = {
+    "tied": SHAPE.lm_config(vocab_size=320, seq_len=32),
+    "untied": replace(SHAPE, tied=False).lm_config(vocab_size=320, seq_len=32),
+    "no qk-norm": replace(SHAPE, qk_norm=False).lm_config(vocab_size=320, seq_len=32),
+    "mixed layers": LMConfig(vocab_size=320, dim=48, seq_len=32, layers=(
+        LayerConfig(mixer=GQAConfig(heads=4, kv_heads=4, head_dim=8), ffn=SwiGLUConfig(ffn_dim=64)),
+        LayerConfig(mixer=GQAConfig(heads=6, kv_heads=1, head_dim=12, qk_norm=False), ffn=SwiGLUConfig(ffn_dim=96)))),
+}
+B, T = 2, 32
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request) -> LMConfig:
+    return request.param
+
+
+def test_parameters_by_part_equal_the_built_model(config):
+    model = build(config)
+    sizes = {"embedding": 0, "attention": 0, "ffn": 0, "norms": 0, "head": 0}
+    for module in model.modules():
+        part = {GQA: "attention", SwiGLU: "ffn"}.get(type(module))
+        if part:
+            sizes[part] += sum(p.numel() for p in module.parameters() if p.ndim == 2)
+    sizes["norms"] = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    sizes["embedding"] = model.embed.weight.numel()
+    sizes["head"] = sum(p.numel() for name, p in model.named_parameters() if name == "head.weight")
+    counted = count_params(config)
+    assert {part: getattr(counted, part) for part in sizes} == sizes
+    assert counted.total == counted.active == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [*PRESETS.values(), shape_of_depth(2), shape_of_depth(5)])
+def test_total_equals_the_real_model_for_every_preset(shape):
+    config = shape.lm_config(vocab_size=6400, seq_len=512)
+    with torch.device("meta"):
+        model = LM(config)
+    assert count_params(config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flops_equal_torchs_counter(config, recompute):
+    model = build(config)
+    model.recompute = recompute
+    ids, positions = torch.randint(0, config.vocab_size, (B, T)), torch.arange(T).expand(B, T)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, positions).logps(ids).sum().backward()
+    planned = flops_per_token(config, T, causal=False, recompute=recompute).hardware * B * T
+    assert counter.get_total_flops() == pytest.approx(planned, rel=0.01)
+
+
+def test_causal_attention_costs_half_of_full_attention_and_nothing_else_changes(config):
+    full, causal = (flops_per_token(config, T, causal=c) for c in (False, True))
+    attention = sum(4 * T * layer.mixer.heads * layer.mixer.head_dim for layer in config.layers)
+    assert full.forward - causal.forward == pytest.approx(attention * (T - 1) / (2 * T))
+    assert causal.model == 3 * causal.forward < causal.hardware
+
+
+def test_cache_bytes_equal_a_real_cache(config):
+    model, length = build(config), 7
+    cache = Cache(model.state_specs(), B, capacity=length)
+    with torch.no_grad():
+        model(torch.zeros(B, length, dtype=torch.long), torch.arange(length).expand(B, length), cache)
+    held = sum(x.nbytes for layer in cache.layers for x in layer.tokens.values())
+    assert cache_bytes_per_token(config, itemsize=4) * B * length == held
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "bf16"])
+def test_activations_are_what_autograd_saves(config, narrow):
+    """Within 2%: the bytes of all distinct storages kept for the backward pass, weights and their casts left out."""
+    model = build(config)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {s for p in model.parameters() if p.ndim == 2 for s in (tuple(p.shape), tuple(p.shape[::-1]))}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    rows = 5 * T                                             # 160 rows: no activation has the shape of a weight
+    ids, positions = torch.randint(0, config.vocab_size, (5, T)), torch.arange(T).expand(5, T)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=narrow):
+        model(ids, positions).logps(ids.clone()).sum()
+    kept = [x for at, x in saved.items() if at not in weights and not (narrow and tuple(x.shape) in shapes)]
+    measured = sum(x.untyped_storage().nbytes() for x in kept)
+    planned = rows * activation_bytes_per_token(config, itemsize=2 if narrow else 4)
+    assert measured == pytest.approx(planned, rel=0.02)
+
+
+def test_recompute_keeps_only_the_inputs_of_blocks(config):
+    less, all_ = (activation_bytes_per_token(config, recompute=r) for r in (True, False))
+    blocks = len(config.layers)
+    assert less < all_ and activation_bytes_per_token(
+        replace(config, layers=config.layers * 2), recompute=True) - less == blocks * config.dim * 4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_bytes_equal_the_real_states(config, kind):
+    model = build(config)
+    optim = OptimConfig(kind=kind, lr=1e-3)
+    optimizers = build_optimizers(parameter_groups(model, optim), optim)
+    model(torch.zeros(B, T, dtype=torch.long), torch.arange(T).expand(B, T)).hidden.sum().backward()
+    for p in model.parameters():                             # an untied head took no part: every state must exist
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for optimizer in optimizers:
+        optimizer.step()
+    held = sum(x.nbytes for o in optimizers for state in o.state.values()
+               for x in state.values() if isinstance(x, torch.Tensor) and x.ndim)
+    assert held == optimizer_bytes(count_params(config), kind)
+
+
+def test_memory_adds_up_and_grows_with_what_it_should():
+    config = CONFIGS["tied"]
+    small = plan_memory(config, batch_size=1, seq_len=T)
+    large = plan_memory(config, batch_size=4, seq_len=T, ema=True)
+    assert large.activations == pytest.approx(4 * small.activations, rel=1e-3)
+    assert large.weights == small.weights == 4 * count_params(config).total == large.ema and small.ema == 0
+    assert plan_memory(config, batch_size=1, seq_len=T, itemsize=4).casts == 0 < small.casts
+    assert token_ratio(count_params(config), 20 * count_params(config).total) == 20
