@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV  ?= .venv
 ARGS  ?=
 BIN   := $(VENV)/bin
-PIP   := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-input
+PIP   := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-input
 LIMIT := $(VENV)/constraints.txt
 READY := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
@@ -16,7 +16,7 @@ READY := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 .PHONY: help demo test bench clean env
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1 	/p' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env  ## grow a chat model from nothing on embedded data (ARGS="--help" for its options)
 	@$(BIN)/mindseed demo $(ARGS)
@@ -35,7 +35,7 @@ env: $(VENV)/.core  ## only the virtual environment
 
 # Each stamp is written last, so a broken installation is taken up again by the next call.
 $(VENV)/.torch: Makefile
-	@python=; for p in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
+	@python=; for p in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
 	    if $$p -c '$(READY)' >/dev/null 2>&1; then python=$$p; break; fi; done; \
 	if [ -z "$$python" ]; then \
 	    echo "error: no Python 3.11 or newer (with venv) was found; install one or name it: make PYTHON=/path/to/python" >&2; \
