@@ -1,0 +1,148 @@
+"""The options of a training run, and how what is left open follows from the rest.
+
+Whatever is None is derived and printed: `--depth N` gives the model's shape; the width gives the learning rate; the
+number of parameters gives the number of tokens to train on; the context gives the batch. Any of it may be set.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mindseed.base.config import option
+from mindseed.base.errors import UserError
+from mindseed.models.presets import PRESETS, Shape, override, preset, shape_of_depth
+from mindseed.optim.groups import OptimConfig
+from mindseed.optim.schedule import ScheduleConfig
+
+PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
+Resume = Literal["never", "newest", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    start: str | None = option(None, help="model directory to start from (fine-tuning); none: random weights")
+    preset: str | None = option(None, help=f"named shape: {', '.join(PRESETS)} [derived: toy, or from --depth]")
+    layers: int | None = option(None, help="number of blocks [derived]")
+    dim: int | None = option(None, help="width of the residual stream [derived]")
+    heads: int | None = option(None, help="query heads [derived]")
+    kv_heads: int | None = option(None, help="key/value heads; divides heads [derived]")
+    head_dim: int | None = option(None, help="width of a head; even [derived]")
+    ffn_dim: int | None = option(None, help="width of the feed-forward [derived]")
+    theta: float | None = option(None, help="base of the rotary wavelengths [derived]")
+    tied: bool | None = option(None, help="the head shares the embedding's matrix [derived: true]")
+    dropout: float = option(0.0, help="dropout on the embedding and on what each half of a block adds")
+
+    def shape(self, depth: int | None) -> Shape:
+        """The uniform decoder these options ask for. `dim` alone keeps the preset's ratios of heads and feed-forward."""
+        if depth is not None and self.preset is not None:
+            raise UserError(f"--depth {depth} and --model.preset {self.preset} both choose a shape; give one of them")
+        base = shape_of_depth(depth) if depth is not None else preset(self.preset or "toy")
+        return override(base, layers=self.layers, dim=self.dim, heads=self.heads, kv_heads=self.kv_heads,
+                        head_dim=self.head_dim, ffn_dim=self.ffn_dim, theta=self.theta, tied=self.tied,
+                        dropout=self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    train: tuple[str, ...] = option((), help="files, folders or globs (jsonl, gz, zst, parquet, txt), or prepared folders")
+    weights: tuple[float, ...] = option((), help="share of each entry of data.train in the mixture [derived: by tokens]")
+    tokenizer: str | None = option(None, help="directory or tokenizer.json [derived: of model.start, or trained on the data]")
+    vocab_size: int = option(6400, help="size of the tokenizer that is trained when none is given")
+    seq_len: int = option(512, help="tokens per row, the context the model is trained on")
+    packing: Literal["best-fit", "sequential", "pad"] = option("best-fit", help="how documents share a row; pad: one a row")
+    heldout: float = option(0.01, help="share of the documents kept apart for validation, chosen by their hash")
+    max_skipped: float = option(0.01, help="bad lines put up with: below 1 a share (at least 10 lines), else a number")
+    workers: int | None = option(None, help="processes that tokenise [derived: one per core]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    label_smoothing: float = option(0.0, help="share of the target spread over the whole vocabulary")
+    z_loss: float = option(0.0, help="weight of the squared log partition function (1e-4 is usual)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    steps: int | None = option(None, help="optimiser steps [derived: loop.tokens / loop.batch / seq_len]")
+    minutes: float | None = option(None, help="train for about this long: steps follow from timing a few on this machine")
+    epochs: float | None = option(None, help="passes over the data, instead of steps")
+    tokens_per_param: float = option(20.0, help="tokens per parameter when neither steps, minutes nor epochs are given")
+    batch: int | None = option(None, help="rows per optimiser step, over all ranks [derived: 16384 tokens]")
+    micro_batch: int | None = option(None, help="rows per forward pass and rank [derived: up to 4096 tokens]")
+    precision: PrecisionChoice = option("auto", help="auto: bf16 where it is the faster one, else fp32; masters are fp32")
+    compile: bool = option(False, help="compile each block with torch.compile")
+    recompute: bool = option(False, help="recompute activations in the backward pass: less memory, a third more work")
+    ema: float | None = option(None, help="keep a moving average of the weights with this decay, and save it as the model")
+    validate_every: int | None = option(None, help="steps between validations, 0: never [derived: 10 in a run]")
+    validate_documents: int = option(500, help="held-out documents used, at most, of each entry of data.train")
+    sample_every: int | None = option(None, help="steps between printed samples, 0: never [derived: 4 in a run]")
+    save_every: int | None = option(None, help="steps between checkpoints, 0: only the last [derived: 10 in a run]")
+    keep: int = option(2, help="checkpoints kept, besides the best one")
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("steps", "minutes", "epochs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say how long to train; give one of them")
+        for name in ("steps", "minutes", "epochs", "batch", "micro_batch", "keep", "tokens_per_param"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema={self.ema} must lie in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    run: str = option("runs/train", help="folder of the run: config, log, checkpoints, and the model directory at the end")
+    resume: Resume = option("never", bare="newest", help="newest: go on from the last checkpoint; auto: start, or go on")
+    depth: int | None = option(None, help="the one dial: layers, width, heads, batch, learning rate and steps follow from it")
+    seed: int = option(0, help="seed of the weights, the order of the data, dropout and samples")
+    device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto: the GPU if there is one")
+    trackers: tuple[str, ...] = option((), help="also log to: tensorboard, wandb, swanlab, trackio")
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    loop: LoopOptions = field(default_factory=LoopOptions)
+
+
+def derive(options: TrainOptions, *, dim: int, params: int, rows_per_epoch: int | None, world: int = 1) -> TrainOptions:
+    """Fill in what is None, except the model's shape and `loop.steps` under `loop.minutes`, which needs a clock.
+
+    Learning rate: 0.02 / sqrt(dim), for both optimisers, since Muon's update is scaled to AdamW's size.
+    """
+    loop, seq_len = options.loop, options.data.seq_len
+    batch = loop.batch or world * max(1, round(16384 / seq_len / world))
+    micro = loop.micro_batch or largest_divisor(batch // world, max(1, 4096 // seq_len))
+    if batch % (micro * world):
+        raise UserError(f"loop.batch={batch} rows cannot be cut into micro-batches of loop.micro_batch={micro} rows on "
+                        f"{world} rank(s); choose a batch that is a multiple of {micro * world}")
+    steps = loop.steps
+    if steps is None and loop.epochs is not None:
+        if rows_per_epoch is None:
+            raise UserError("loop.epochs needs data.train; give loop.steps instead")
+        steps = max(1, math.ceil(loop.epochs * rows_per_epoch / batch))
+    if steps is None and loop.minutes is None:
+        steps = max(1, math.ceil(loop.tokens_per_param * params / (batch * seq_len)))
+    lr = options.optim.lr or float(f"{0.02 / math.sqrt(dim):.2g}")
+    return replace(options, optim=replace(options.optim, lr=lr),
+                   loop=replace(loop, batch=batch, micro_batch=micro, steps=steps))
+
+
+def derive_intervals(options: TrainOptions) -> TrainOptions:
+    """Validation, samples and checkpoints a few times in a run, once `loop.steps` is known."""
+    loop = options.loop
+    assert loop.steps is not None
+
+    def interval(given: int | None, times: int) -> int:
+        return given if given is not None else max(1, -(-loop.steps // times))
+
+    return replace(options, loop=replace(loop, validate_every=interval(loop.validate_every, 10),
+                                         sample_every=interval(loop.sample_every, 4),
+                                         save_every=interval(loop.save_every, 10)))
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)

@@ -1,0 +1,378 @@
+"""Pretrain or fine-tune a model, from raw text or conversations to a model directory.
+
+  mindseed train --data.train corpus.jsonl --depth 4                            from nothing
+  mindseed train --data.train chats.jsonl --model.start runs/base/model --run runs/chat     fine-tune
+  mindseed train configs/real-cpu.toml --resume auto                            a preset; goes on where it stopped
+  torchrun --nproc-per-node 2 -m mindseed train configs/real-cpu.toml           the same on two processes
+
+Text is trained on whole; conversations only where the assistant speaks. The run's folder holds config.toml, run.json,
+log.jsonl, the tokenised data, the checkpoints, and at the end `model`, which `mindseed chat` and every other tool of
+the field read.
+"""
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindseed import __version__
+from mindseed.base import config as base_config
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.base.files import write_json, write_text
+from mindseed.base.hardware import describe_machine, measured_peak, peak
+from mindseed.base.log import bytes_text, open_sinks, say, si, table
+from mindseed.core import Objective
+from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
+from mindseed.data.mix import Mixture
+from mindseed.data.prefetch import Prefetch
+from mindseed.data.prepare import prepare
+from mindseed.data.shards import Prepared
+from mindseed.infer.generate import generate
+from mindseed.infer.sample import Sampling
+from mindseed.interop.directory import load_directory, save_directory
+from mindseed.models.config import LMConfig, config_to_dict
+from mindseed.models.lm import LM, build
+from mindseed.objectives.sft import SFT
+from mindseed.optim.ema import EMA
+from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
+from mindseed.optim.schedule import learning_rate
+from mindseed.plan.flops import flops_per_token
+from mindseed.recipes.options import TrainOptions, derive, derive_intervals
+from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
+from mindseed.train.native import NativeBackend
+from mindseed.train.state import Checkpoints, restore
+from mindseed.train.step import Run
+from mindseed.train.validate import evaluate
+
+Options = TrainOptions
+
+
+def main(options: TrainOptions) -> int:
+    device = choose_device(options.device)
+    with dist.process_group(device):
+        try:
+            folder = train(options, device)
+        except Interrupted as stop:
+            if dist.is_main():
+                say(str(stop))
+            return 130
+        if dist.is_main():
+            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {folder}\n")
+    return 0
+
+
+def train(options: TrainOptions, device: torch.device) -> Path:
+    """The whole run; returns the model directory. Raises Interrupted when it was asked to stop."""
+    run_folder = Path(options.run)
+    options = claim(options, run_folder)
+    data = open_data(options, run_folder)
+    model, info = open_model(options, data.tokenizer, device)
+    options = derive(options, dim=model.config.dim, params=sum(p.numel() for p in model.parameters()),
+                     rows_per_epoch=len(data.rows), world=dist.world_size())
+    options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
+    source = Prefetch(RowSource(data.rows, batch_size=options.loop.micro_batch, rank=dist.rank(), world=dist.world_size()))
+
+    objective = SFT(label_smoothing=options.objective.label_smoothing, z_loss=options.objective.z_loss)
+    groups = parameter_groups(model, options.optim)
+    backend = NativeBackend(model, objective, build_optimizers(groups, options.optim),
+                            precision=options.loop.precision, max_norm=options.optim.max_norm)
+    model.recompute = options.loop.recompute
+    if options.loop.compile:
+        for block in model.blocks:
+            block.compile()
+    run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device,
+              accumulate=options.loop.batch // (options.loop.micro_batch * dist.world_size()))
+    if options.loop.steps is None:
+        options = replace(options, loop=replace(options.loop, steps=steps_for_minutes(run, options.loop.minutes)))
+    options = derive_intervals(options)
+    run.schedule = learning_rate(options.schedule, peak=options.optim.lr, steps=options.loop.steps)
+    ema = EMA(model, options.loop.ema) if options.loop.ema else None
+    if ema:
+        run.after_step.append(ema.update)
+
+    checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
+        "model": config_to_dict(model.config), "tokenizer": data.tokenizer.hash(), "data": data.rows.identity()})
+    resumed = resume(options, run, ema, checkpoints)
+    torch.manual_seed(options.seed + 1_000_003 * dist.rank()) if not resumed else None
+    announce(options, model, data, groups, run_folder, device, resumed)
+
+    peak_flops = dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops
+    fit(Fit(run=run, steps=options.loop.steps, checkpoints=checkpoints, save_every=options.loop.save_every, ema=ema,
+            hooks=[Hook(every=options.loop.validate_every, call=validation(backend, data, ema), before_first=True),
+                   Hook(every=options.loop.sample_every, call=samples(model, data, options.seed))],
+            sinks=open_run(options, run_folder, resumed) if dist.is_main() else [],
+            flops_per_token=flops_per_token(model.config, options.data.seq_len).model, peak_flops=peak_flops))
+    source.close()
+    return finish(options, model, data, ema, run, info, run_folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+SHAPE = {"preset", "layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "theta", "tied"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the run reads: an endless stream of packed rows, and held-out documents by the name of their entry."""
+
+    tokenizer: Any
+    rows: Rows
+    entries: list[Prepared]
+    names: list[str]
+    heldout: dict[str, Evaluation]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of an option; `auto` is this rank's GPU, or Apple's, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name!r} is not a device; use cpu, cuda, cuda:0, mps or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch finds no CUDA GPU here; use --device cpu, or install a CUDA build of torch")
+    if device.type == "cuda" and device.index is None and dist.launched():
+        import os
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto`: bf16 on GPUs that have it; on a CPU whichever of bf16 and fp32 multiplies matrices faster."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device.type != "cpu":
+        return "fp32"
+    faster = measured_peak("cpu", torch.bfloat16) > 1.2 * measured_peak("cpu", torch.float32)
+    return "bf16" if dist.gather(faster)[0] else "fp32"
+
+
+def claim(options: TrainOptions, folder: Path) -> TrainOptions:
+    """Refuse to write over another run. A run of a given duration keeps, on resuming, the steps it was given first."""
+    before = folder / "config.toml"
+    if options.resume == "newest" and not before.exists():
+        raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
+    if options.resume == "never" and before.exists():
+        raise UserError(f"{folder} already holds a run; go on with it with --resume, or choose another folder with --run")
+    if before.exists() and options.loop.minutes is not None:
+        loop = base_config.read_toml(before).get("loop", {})
+        if isinstance(loop.get("steps"), int) and loop.get("minutes") == options.loop.minutes:
+            options = replace(options, loop=replace(options.loop, minutes=None, steps=loop["steps"]))
+    return options
+
+
+def open_data(options: TrainOptions, run_folder: Path) -> Data:
+    """Tokenise what is raw (once, by rank 0), open what is prepared, mix, and set the held-out documents apart."""
+    given = options.data
+    if not given.train:
+        raise UserError("data.train is empty: name files, folders or prepared folders, e.g. --data.train corpus.jsonl")
+    if given.weights and len(given.weights) != len(given.train):
+        raise UserError(f"data.weights has {len(given.weights)} numbers for {len(given.train)} entries of data.train")
+    if dist.is_main():
+        tokenizer = choose_tokenizer(options, run_folder)
+        folders = [prepare_entry(entry, i, options, tokenizer, run_folder) for i, entry in enumerate(given.train)]
+    dist.barrier()
+    if not dist.is_main():                        # everything is on disk now
+        tokenizer = choose_tokenizer(options, run_folder)
+        folders = [prepare_entry(entry, i, options, tokenizer, run_folder) for i, entry in enumerate(given.train)]
+    entries = [Prepared(folder, tokenizer=tokenizer) for folder in folders]
+    names = [Path(entry).name.split(".")[0] or "data" for entry in given.train]
+    if len(set(names)) < len(names):
+        names = [f"{i}-{name}" for i, name in enumerate(names)]
+    parts = [PackedRows(entry.split("train"), seq_len=given.seq_len, seed=options.seed, strategy=given.packing)
+             for entry in entries]
+    weights = given.weights or tuple(float(len(part)) for part in parts)
+    rows = parts[0] if len(parts) == 1 else Mixture(list(zip(parts, weights)), seed=options.seed, names=names)
+    heldout = {name: Evaluation(entry.split("heldout"), seq_len=given.seq_len, batch_size=max(1, 4096 // given.seq_len),
+                                limit=options.loop.validate_documents)
+               for name, entry in zip(names, entries) if len(entry.split("heldout"))}
+    return Data(tokenizer=tokenizer, rows=rows, entries=entries, names=names, heldout=heldout)
+
+
+def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Any:
+    """The one that is named; else the start model's; else one trained on the data, kept in the run's folder."""
+    from mindseed.tokenizers.hf_json import load_tokenizer
+    own = run_folder / "tokenizer"
+    if options.data.tokenizer:
+        return load_tokenizer(options.data.tokenizer)
+    if options.model.start:
+        return load_tokenizer(options.model.start)
+    if not own.exists():
+        from mindseed.recipes import tokenizer as recipe
+        recipe.main(recipe.Options(data=options.data.train, out=str(own), vocab_size=options.data.vocab_size))
+    return load_tokenizer(own)
+
+
+def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Any, run_folder: Path) -> Path:
+    """The prepared folder of one entry of data.train."""
+    path = Path(entry)
+    if (path / "manifest.json").exists() or (path / ".parts").exists():
+        return path
+    out = run_folder / "data" / f"{index}-{path.name.split('.')[0] or 'data'}"
+    if dist.is_main():
+        from mindseed.recipes import prepare as recipe
+        recipe.run(paths=[entry], out=out, tokenizer=tokenizer, heldout=options.data.heldout,
+                   max_skipped=options.data.max_skipped, workers=options.data.workers)
+    return out
+
+
+def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> tuple[LM, dict[str, Any]]:
+    """Random weights, or those of a model directory; returns the model and what is known of its parent."""
+    if options.model.start is None:
+        config = options.model.shape(options.depth).lm_config(vocab_size=tokenizer.vocab_size,
+                                                              seq_len=options.data.seq_len)
+        return build(config, seed=options.seed, device=device).train(), {}
+    asked = [f"model.{name}" for name, value in vars(options.model).items() if value is not None and name in SHAPE]
+    if asked or options.depth is not None:
+        raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
+    loaded = load_directory(options.model.start, device=device)
+    if loaded.model.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"{options.model.start} has a vocabulary of {loaded.model.config.vocab_size}, the tokenizer "
+                        f"{tokenizer.vocab_size}; use the model's own (leave out data.tokenizer)")
+    config = replace(loaded.model.config, dropout=options.model.dropout,
+                     seq_len=max(loaded.model.config.seq_len, options.data.seq_len))
+    model = with_config(loaded.model, config)
+    return model.train(), {"parent": str(options.model.start)}
+
+
+def with_config(model: LM, config: LMConfig) -> LM:
+    """The same weights under a config that differs in dropout or context only."""
+    if config == model.config:
+        return model
+    device = next(model.parameters()).device
+    other = build(config, device=device)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkpoints) -> Path | None:
+    """Put the run where its newest whole checkpoint was; None if it starts afresh."""
+    if options.resume == "never":
+        return None
+    newest = checkpoints.newest()
+    if newest is None:
+        if options.resume == "newest" and not (Path(options.run) / "config.toml").exists():
+            raise UserError(f"{options.run} holds no checkpoint; leave out --resume to start")
+        return None
+    path, saved = newest
+    restore(run, ema, saved)
+    return path
+
+
+def validation(backend: NativeBackend, data: Data, ema: EMA | None):
+    """Bits per byte on held-out documents: of each entry by name, and over all bytes."""
+    def measure(step: int) -> dict[str, Any]:
+        import contextlib
+        values, bits, total = {}, 0.0, 0
+        with ema.applied() if ema and step else contextlib.nullcontext():
+            for name, documents in data.heldout.items():
+                result = evaluate(backend, documents, raw_bytes=documents.bytes)
+                if len(data.heldout) > 1:
+                    values[f"bits_per_byte/{name}"] = result["bits_per_byte"]
+                bits, total = bits + result["bits_per_byte"] * documents.bytes, total + documents.bytes
+        return {"bits_per_byte": bits / total, **values} if total else {}
+
+    return measure
+
+
+def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 48):
+    """A hook that continues the beginnings of held-out documents: of text the first words, of a chat the question."""
+    prompts = []
+    for entry in data.entries[:count]:
+        documents = entry.split("heldout")
+        for i in range(min(len(documents), max(1, count // len(data.entries)))):
+            ids, trainable = documents.get(i)
+            cut = 9 if trainable is None else int(trainable.argmax())
+            prompts.append([int(x) for x in ids[:cut]])
+
+    def draw(step: int) -> dict[str, Any]:
+        if not dist.is_main() or not prompts:
+            return {}
+        sampling = Sampling(temperature=0.8, top_p=0.95, seed=seed)
+        done = generate(model, data.tokenizer, prompts, sampling=sampling, max_new=max_new)
+        return {f"sample {i + 1}": f"{data.tokenizer.decode(p, skip_special=True)} >>> {c.text}"
+                for i, (p, c) in enumerate(zip(prompts, done))}
+
+    return draw
+
+
+# -------------------------------------------------------------------------------------------------- words and records
+
+def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder: Path, device: torch.device,
+             resumed: Path | None) -> None:
+    """What is about to happen, before the first step: the model, the data, the optimisers, every derived value."""
+    if not dist.is_main():
+        return
+    c, loop = model.config, options.loop
+    mixer, ffn = c.layers[0].mixer, c.layers[0].ffn
+    params = sum(p.numel() for p in model.parameters())
+    say(f"model      {si(params)} parameters: {len(c.layers)} layers, dim {c.dim}, {mixer.heads} heads of {mixer.head_dim} "
+        f"({mixer.kv_heads} kv), ffn {ffn.ffn_dim}, vocabulary {c.vocab_size}, context {c.seq_len}")
+    for name, entry in zip(data.names, data.entries):
+        split = entry.split("train")
+        say(f"data       {name}: {len(split):,} documents ({entry.kind}), {si(int(split.lengths.sum()))} tokens, "
+            f"{bytes_text(int(split.bytes.sum()))}")
+    parts = data.rows.parts if isinstance(data.rows, Mixture) else [data.rows]
+    for name, part in zip(data.names, parts):
+        say(f"packing    {name}: {part.stats}")
+    say(f"batch      {loop.batch} rows of {options.data.seq_len} = {loop.batch * options.data.seq_len:,} tokens a step, in "
+        f"micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
+    say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
+        f"{loop.precision} on {device}")
+    table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
+          [list(row) for row in group_table(groups)])
+    say(f"going on from {resumed}" if resumed else f"writing to {folder}")
+
+
+def open_run(options: TrainOptions, folder: Path, resumed: Path | None) -> list:
+    """Record what this run is, and open its log; on resuming, log lines after the checkpoint are taken back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.toml", base_config.to_toml(replace(options, resume="never")))
+    write_json(folder / "run.json", {
+        "command": shlex.join(["mindseed", *sys.argv[1:]]), "version": __version__, "commit": commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(), "world_size": dist.world_size()})
+    log = folder / "log.jsonl"
+    if log.exists():
+        step = int(resumed.name.split("-")[1]) if resumed else -1
+        kept = [line for line in log.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step]
+        write_text(log, "".join(line.decode() + "\n" for line in kept))
+    return open_sinks(options.trackers, folder, base_config.to_dict(options), folder.name)
+
+
+def commit() -> str | None:
+    """The commit of the package's own checkout, with `+` if it has changes; None outside a checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def finish(options: TrainOptions, model: LM, data: Data, ema: EMA | None, run: Run, info: dict, folder: Path) -> Path:
+    """Write the model directory, with the averaged weights if there are any."""
+    out = folder / "model"
+    if dist.is_main():
+        if ema:
+            ema.swap()
+        model.eval()
+        save_directory(model, data.tokenizer, out, info=info | {
+            "data": [str(entry.folder) for entry in data.entries], "seed": options.seed, "steps": run.step,
+            "tokens": run.tokens})
+        if ema:
+            ema.swap()
+    dist.barrier()
+    return out
