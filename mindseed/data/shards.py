@@ -28,6 +28,7 @@ import numpy as np
 
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, read_json, recover, sha256
+from mindseed.tokenizers.hf_json import load_tokenizer
 
 SCHEMA = 1
 TOUCHED_BYTES = 128 << 20          # mapped bytes touched before the pages are given back
@@ -201,7 +202,7 @@ class Prepared:
             unfinished = (self.folder / ".parts").exists()
             raise UserError(f"{folder} is not finished: run the same prepare command again to continue it" if unfinished
                             else f"{folder} holds no prepared data (no manifest.json); make it with: "
-                                 f"mindseed prepare --paths FILES --out {folder}")
+                                 f"mindseed prepare FILES --out {folder} --tokenizer TOKENIZER")
         self.manifest = read_json(path)
         if self.manifest.get("schema") != SCHEMA:
             raise UserError(f"{path} has schema {self.manifest.get('schema')}, this version reads {SCHEMA}; "
@@ -230,6 +231,10 @@ class Prepared:
     @property
     def vocab_size(self) -> int:
         return self.manifest["vocab_size"]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that the folder was prepared with; a copy of it is kept inside."""
+        return load_tokenizer(self.folder / "tokenizer")
 
     def split(self, name: str) -> ShardedDocuments:
         """The documents of "train" or "heldout" (which is empty if no document fell into it)."""

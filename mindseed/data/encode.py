@@ -1,0 +1,187 @@
+"""Rows into documents: what a worker process of `prepare` does with a chunk of a file.
+
+A text becomes `[BOS] + ids + [EOS]`, a conversation what the one chat renderer makes of it, with the mask of what is
+to be learned; a preference row becomes two conversations, chosen then rejected. A chunk is encoded by one call of the
+bulk encoder. Which split a row falls into is decided by a hash of its content and nothing else: it does not depend on
+order, on the file or on the number of workers, and equal rows never end up on both sides.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+
+from mindseed.base.errors import UserError
+from mindseed.data.formats import BadRow, parse, payloads
+from mindseed.data.readers import kind_of
+from mindseed.tokenizers.base import BOS, EOS
+from mindseed.tokenizers.chat import encode_spans, normalise, render
+
+CHUNK_BYTES, CHUNK_ROWS = 1 << 20, 2048           # one unit of work: whichever comes first
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive payloads of one file."""
+
+    source: int
+    path: Path
+    payloads: list[tuple[int, Any]]               # (line, payload)
+
+
+@dataclass
+class Pieces:
+    """Documents of one split and one chunk, as the columns of a shard."""
+
+    ids: np.ndarray
+    trainable: np.ndarray | None
+    columns: dict[str, np.ndarray]                # lengths, bytes, chat, source, line
+
+
+@dataclass
+class Encoded:
+    """What became of a chunk."""
+
+    source: int
+    rows: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    supervised: dict[str, int] = field(default_factory=dict)          # split -> tokens that are learned
+    splits: dict[str, Pieces] = field(default_factory=dict)
+    skipped: list[tuple[int, str]] = field(default_factory=list)      # (line, reason)
+
+
+def chunks(paths: list[Path]) -> Iterator[Chunk]:
+    """The files cut into units of work; the cuts depend on nothing but the files."""
+    for source, path in enumerate(paths):
+        held, size = [], 0
+        for line, payload in payloads(path):
+            held.append((line, payload))
+            size += len(payload) if isinstance(payload, bytes) else 0
+            if size >= CHUNK_BYTES or len(held) >= CHUNK_ROWS:
+                yield Chunk(source, path, held)
+                held, size = [], 0
+        if held:
+            yield Chunk(source, path, held)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes chunks. `heldout` is the share of rows kept apart, chosen with `seed`."""
+
+    tokenizer: Any
+    heldout: float
+    seed: int
+
+    def split_of(self, canonical: str) -> str:
+        digest = hashlib.blake2b(canonical.encode(), digest_size=8, key=str(self.seed).encode()).digest()
+        return "heldout" if int.from_bytes(digest, "big") < self.heldout * 2.0 ** 64 else "train"
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        done = Encoded(chunk.source)
+        texts, chats = [], []                     # (line, split, text), (line, split, [(messages, tools), ...])
+        for line, payload in chunk.payloads:
+            done.rows += 1
+            try:
+                row = parse(chunk.path, payload)
+                kind = kind_of(row)
+                if kind == "text":
+                    texts.append((line, self.split_of(_encodable(row["text"])), row["text"]))
+                else:
+                    sides = self._conversations(row, kind)
+                    canonical = _encodable(json.dumps(sides, ensure_ascii=False, sort_keys=True))
+                    chats.append((line, self.split_of(canonical), sides))
+            except BadRow as reason:
+                done.skipped.append((line, str(reason)))
+            else:
+                done.kinds[kind] = done.kinds.get(kind, 0) + 1
+        documents = self._texts(texts) + self._chats(chats, done)
+        documents.sort(key=lambda document: document[0])              # by line; stable, so pairs stay together
+        for split in SPLITS:
+            if mine := [document for document in documents if document[1] == split]:
+                done.splits[split] = self._pieces(mine, chunk.source)
+                done.supervised[split] = sum(
+                    len(ids) - 1 if mask is None else sum(mask[1:]) for _, _, ids, mask, _ in mine)
+        done.skipped.sort()
+        return done
+
+    def _conversations(self, row: dict, kind: str) -> list[tuple[list[dict], Any]]:
+        """The conversations of a row: one, or for a preference row chosen and rejected."""
+        if kind == "chat":
+            sides = [row]
+        else:
+            sides = [_side(row, name) for name in ("chosen", "rejected")]
+        result = []
+        for side in sides:
+            try:
+                messages, tools = normalise(side)
+            except (UserError, ValueError, TypeError, KeyError) as error:
+                raise BadRow(f"not a conversation: {error}") from None
+            if not any(message.get("role") == "assistant" for message in messages):
+                raise BadRow("no assistant turn, so there is nothing to learn")
+            result.append((messages, tools))
+        return result
+
+    def _texts(self, texts: list) -> list[tuple]:
+        encoded = self.tokenizer.encode_batch([text for _, _, text in texts]) if texts else []
+        bos, eos = self.tokenizer.specials[BOS], self.tokenizer.specials[EOS]
+        return [(line, split, [bos, *ids, eos], None, len(text.encode()))
+                for (line, split, text), ids in zip(texts, encoded)]
+
+    def _chats(self, chats: list, done: Encoded) -> list[tuple]:
+        rendered = [render(messages, tools=tools) for _, _, sides in chats for messages, tools in sides]
+        encoded = iter(zip(rendered, encode_spans(self.tokenizer, rendered)))
+        documents = []
+        for line, split, sides in chats:
+            group = []
+            for _ in sides:
+                spans, (ids, mask) = next(encoded)
+                learned = sum(len(span.text.encode()) for span in spans if span.trainable and not span.control)
+                group.append((line, split, ids, mask, learned))
+            if any(not any(mask[1:]) for _, _, _, mask, _ in group):
+                done.skipped.append((line, "no token of the assistant to learn"))
+                kind = "chat" if len(sides) == 1 else "preference"
+                done.kinds[kind] -= 1
+            else:
+                documents.extend(group)
+        return documents
+
+    def _pieces(self, documents: list[tuple], source: int) -> Pieces:
+        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+        lines, _, ids, masks, sizes = zip(*documents)
+        trainable = None
+        if any(mask is not None for mask in masks):
+            trainable = np.concatenate([np.ones(len(i), np.uint8) if mask is None else np.asarray(mask, np.uint8)
+                                        for i, mask in zip(ids, masks)])
+        return Pieces(np.concatenate([np.array(i, dtype) for i in ids]), trainable, {
+            "lengths": np.array([len(i) for i in ids], np.int64),
+            "bytes": np.array(sizes, np.int64),
+            "chat": np.array([mask is not None for mask in masks], np.uint8),
+            "source": np.full(len(ids), source, np.int32),
+            "line": np.array(lines, np.int64)})
+
+
+def _encodable(text: str) -> str:
+    """The text itself; BadRow if it holds half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"the text holds half a character (a lone surrogate) at position {error.start}") from None
+    return text
+
+
+def _side(row: dict, name: str) -> dict:
+    """One side of a preference row as a conversation: a list of messages, or an answer to the row's prompt."""
+    value, prompt = row[name], row.get("prompt")
+    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
+    if isinstance(value, str) and before:
+        return {"messages": [*before, {"role": "assistant", "content": value}]}
+    if isinstance(value, list):
+        return {"messages": value if value and value[0].get("role") != "assistant" else [*before, *value]}
+    raise BadRow(f'"{name}" must be a list of messages, or an answer beside a "prompt"')
+
+
