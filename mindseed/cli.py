@@ -1,8 +1,8 @@
 """The command line: `mindseed <recipe> [preset.toml] --section.option value`.
 
-A recipe is one module of `mindseed/recipes`: a docstring, a dataclass `Options` and `main(options)`. It is imported only
-when it is called, so that `mindseed --help` answers at once. A user's mistake is one or two lines on stderr and exit
-code 2; an interrupt is 130; neither shows a traceback. A traceback means a bug of ours.
+A recipe is one module of `mindseed/recipes`: a docstring, a dataclass `Options` and `main(options)`. It is imported
+only when it is called, so that `mindseed --help` answers at once. A user's mistake is one or two lines on stderr and
+exit code 2; an interrupt is 130; neither shows a traceback. A traceback means a bug of ours.
 """
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from mindseed import cli
 from mindseed.base.config import diff, from_dict, load_toml, option, parse, to_dict, to_toml
 from mindseed.base.errors import UserError
 from mindseed.base.hardware import PEAKS, describe_machine, listed_peak, measured_peak, total_memory
-from mindseed.base.log import (JsonlSink, StepBar, bytes_text, duration, extra, open_sinks, read_jsonl, si, step_line)
+from mindseed.base.log import (JsonlSink, StepBar, bytes_text, duration, extra, open_sinks, read_jsonl, si, step_line,
+                               units)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Optim:
 class Train:
     compile: bool = option(False, help="compile the model")
     ema: bool = option(True, help="average the weights")
+    tied: bool | None = option(None, help="share the head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +151,11 @@ text = st.text(st.characters(exclude_categories=("Cs",)), max_size=12).filter(la
 values = st.builds(
     Options, model=st.just(Path("a/b c")), files=st.lists(text, max_size=3).map(tuple), name=text,
     depth=st.none() | st.integers(-2**60, 2**60), resume=st.none() | text,
-    schedules=st.lists(st.builds(Cosine, floor=st.floats(allow_nan=False)) | st.just(Constant()), max_size=3).map(tuple),
+    schedules=st.lists(st.builds(Cosine, floor=st.floats(allow_nan=False)) | st.just(Constant()),
+                       max_size=3).map(tuple),
     optim=st.builds(Optim, lr=st.floats(1e-300, allow_infinity=False), clip=st.none() | st.floats(allow_nan=False),
                     kind=st.sampled_from(["adamw", "muon"])),
-    train=st.builds(Train, compile=st.booleans(), ema=st.booleans()))
+    train=st.builds(Train, compile=st.booleans(), ema=st.booleans(), tied=st.none() | st.booleans()))
 
 
 @settings(max_examples=50, deadline=None)
@@ -183,6 +186,10 @@ def test_diff_names_what_differs():
     ("--no-train.ema --train.compile", Flags(train=Train(compile=True, ema=False))),
     ("--train.compile true --train.ema off", Flags(train=Train(compile=True, ema=False))),
     ("--train.compile=TRUE --train.ema=0 --depth 1", Flags(depth=1, train=Train(compile=True, ema=False))),
+    ("--train.tied true", Flags(train=Train(tied=True))),
+    ("--no-train.tied", Flags(train=Train(tied=False))),
+    ("--train.tied=off", Flags(train=Train(tied=False))),
+    ("--train.tied none", Flags()),
     ("--resume", Flags(resume="newest")),
     ("--resume --depth 3", Flags(resume="newest", depth=3)),
     ("--resume auto", Flags(resume="auto")),
@@ -210,7 +217,8 @@ def test_a_wrong_flag_is_a_short_error_with_a_suggestion(line, message):
     assert complaint(parse, Flags, line.split()) == message
 
 
-@pytest.mark.parametrize("line", ["--optim.betas 1", "--optim.lr", "--optim.kind sgd", "--train.ema maybe", "--depth 1 2"])
+@pytest.mark.parametrize("line", [
+    "--optim.betas 1", "--optim.lr", "--optim.kind sgd", "--train.ema maybe", "--depth 1 2"])
 def test_other_wrong_flags_are_one_line_without_boxes(line):
     message = complaint(parse, Flags, line.split())
     assert "\n" not in message and "│" not in message and 10 < len(message) < 160
@@ -323,7 +331,7 @@ def test_the_step_line_has_a_fixed_order_and_units():
 def test_figures():
     assert [si(x) for x in (0, 7, 999, 1000, 41_234, 999_999, 25.8e6, 1.5)] == [
         "0", "7", "999", "1.00k", "41.2k", "1.00M", "25.8M", "1.50"]
-    assert [bytes_text(x) for x in (512, 11.34e9)] == ["512 B", "11.3 GB"]
+    assert [bytes_text(x) for x in (512, 11.34e9)] == ["512 B", "11.3 GB"] and units(9.7e10, "FLOP/s") == "97.0 GFLOP/s"
     assert [duration(x) for x in (42, 307, 7389, 3e5, math.inf)] == ["0:42", "5:07", "2:03:09", "3d 11:20:00", "?"]
 
 

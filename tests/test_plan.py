@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mindseed import cli
 from mindseed.infer.state import Cache
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM, build
@@ -140,3 +141,33 @@ def test_memory_adds_up_and_grows_with_what_it_should():
     assert large.weights == small.weights == 4 * count_params(config).total == large.ema and small.ema == 0
     assert plan_memory(config, batch_size=1, seq_len=T, itemsize=4).casts == 0 < small.casts
     assert token_ratio(count_params(config), 20 * count_params(config).total) == 20
+
+
+# --------------------------------------------------------------------------------------------------- the command `plan`
+
+def test_the_plan_of_a_training_command(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text("depth = 2\n[data]\nseq_len = 128\n[loop]\nbatch = 16\nsteps = 100\n")
+    line = ["plan", str(path), "--device", "cpu", "--loop.precision", "fp32", "--data.vocab_size", "500"]
+    assert cli.main(line) == 0
+    shown = capsys.readouterr().out
+    params = count_params(shape_of_depth(2).lm_config(vocab_size=500, seq_len=128))
+    assert f"{params.total:,}" in shown and f"{params.ffn:,}" in shown
+    assert f"{100 * 16 * 128 / 1000:.0f}k" in shown and "FLOP/s in fp32 (measured)" in shown
+    assert "512 B of cache per token" in shown                # 2 layers x (k, v) x 1 head x 64 x 2 bytes
+
+
+def test_a_plan_that_does_not_fit_warns(capsys):
+    assert cli.main(["plan", "--model.dim", "1048576", "--loop.steps", "1", "--device", "cpu"]) == 0
+    assert "lower loop.micro_batch" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--mfu", "3"], "mfu=3.0 must lie in (0, 1]"),
+    (["--dept", "3"], "--dept is not an option; did you mean --depth?"),
+    (["--loop.epochs", "1"], "loop.epochs needs data.train"),
+    (["--loop.epochs", "1", "--data.train", "raw.jsonl"], "cannot be planned before it is tokenised"),
+    (["--model.kv_heads", "4"], "must be a multiple of kv_heads=4")])
+def test_what_a_plan_refuses(words, message, capsys):
+    assert cli.main(["plan", *words]) == 2
+    assert message in capsys.readouterr().err

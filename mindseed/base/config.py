@@ -55,6 +55,12 @@ class Leaf:
     def is_bool(self) -> bool:
         return self.type is bool
 
+    @property
+    def words(self) -> dict[str, str]:
+        """Words for None, and for the booleans of a `bool | None`, in the spelling of Python."""
+        booleans = {word: str(value) for word, value in WORDS.items()} if bool in typing.get_args(self.type) else {}
+        return {"none": "None", **booleans}
+
 
 def leaves(cls: type, prefix: str = "") -> Iterator[Leaf]:
     """Every option of a dataclass, nested sections included, in the order of definition."""
@@ -75,7 +81,7 @@ def names_of(cls: type, prefix: str = "") -> set[str]:
 # ---------------------------------------------------------------------------------------------- values <-> plain data
 
 def load_toml(cls: type[T], path: Path | str) -> T:
-    """An instance of `cls` with the values of a TOML file over its defaults. Every problem is named in one UserError."""
+    """A TOML file's values over the defaults of `cls`. Every problem is named in one UserError."""
     return from_dict(cls, read_toml(path), where=str(path))
 
 
@@ -93,7 +99,7 @@ def read_toml(path: Path | str) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "options") -> T:
-    """The inverse of `to_dict`, strict: unknown keys, missing ones and wrong types raise one UserError with them all."""
+    """The inverse of `to_dict`, strict: one UserError names all unknown or missing keys and wrong types."""
     problems: list[str] = []
     value = build(cls, data, "", names_of(cls), problems)
     if len(problems) == 1:
@@ -181,7 +187,7 @@ def convert_union(args: tuple, value: Any, name: str, known: set[str], problems:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain data (JSON's types) for a config: paths become strings, tuples lists; unions of dataclasses get a `type`."""
+    """Plain data (JSON's types): paths become strings, tuples lists; a union of dataclasses gets a `type`."""
     if is_dataclass(config):
         hints, out = typing.get_type_hints(type(config)), {}
         for f in fields(config):
@@ -326,12 +332,14 @@ def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], p
                     problems.append(f"--{name} is true or false, not {given!r}")
             elif leaf.field.metadata.get("bare") is not None and not eq and not follows:
                 out += [f"--{name}", leaf.field.metadata["bare"]]
-            elif leaf.optional and (value if eq else follows and rest[0]) in ("none", "None"):
-                out, i = [*out, f"--{name}", "None"], i if eq else i + 1
+            elif leaf.optional and (given := value if eq else rest[0] if follows else "").lower() in leaf.words:
+                out, i = [*out, f"--{name}", leaf.words[given.lower()]], i if eq else i + 1
             else:
                 out.append(f"--{name}{eq}{value}")
         elif negative != name and negative in known and known[negative].is_bool:
             out.append(negate(negative))
+        elif negative != name and negative in known and bool in typing.get_args(known[negative].type):
+            out += [f"--{negative}", "False"]
         else:
             problems.append(f"--{flag} is not an option{suggestion(name, known, '--')}")
     if problems:

@@ -60,9 +60,16 @@ def trim(value: float, digits: int) -> str:
     return f"{value:.{max(digits - whole, 0)}f}"
 
 
+def units(value: float, unit: str) -> str:
+    """A quantity with its unit: units(9.7e10, "FLOP/s") -> 97.0 GFLOP/s."""
+    text = si(value)
+    number = text.rstrip("kMGTP")
+    return f"{number} {text[len(number):]}{unit}"
+
+
 def bytes_text(count: float) -> str:
     """Bytes in decimal units: 11.3 GB."""
-    return f"{si(float(count)).rstrip('kMGTP')} {next((c for c in 'kMGTP' if si(float(count)).endswith(c)), '')}B"
+    return units(float(count), "B")
 
 
 def duration(seconds: float) -> str:
