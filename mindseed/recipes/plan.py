@@ -1,0 +1,136 @@
+"""What a run would cost before its first step: parameters, arithmetic, memory and time.
+
+  mindseed plan --depth 8                          the dial
+  mindseed plan configs/real-cpu.toml --loop.batch 64      the preset and flags of a `mindseed train` command
+
+Parameters, cache and FLOPs are exact; activations agree with what autograd keeps within 2%; the time rests on an
+assumed utilisation (`--mfu`) of the device's peak, which is the data sheet's or measured here.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mindseed.base import dist
+from mindseed.base.config import option
+from mindseed.base.errors import UserError
+from mindseed.base.hardware import peak, total_memory
+from mindseed.base.log import bytes_text, duration, say, si, table, units, warn
+from mindseed.data.shards import Prepared
+from mindseed.models.config import LMConfig
+from mindseed.plan.flops import Flops, flops_per_token
+from mindseed.plan.memory import TrainMemory, cache_bytes_per_token, plan_memory, token_ratio
+from mindseed.plan.params import Params, count_params
+from mindseed.recipes.options import TrainOptions, derive
+from mindseed.recipes.train import DTYPES, choose_device, choose_precision
+
+MEMORY_ROWS = {"weights": "weights, fp32", "gradients": "gradients", "optimizer": "optimiser state",
+               "ema": "moving average", "casts": "narrow copies of weights",
+               "activations": "activations of a micro-batch", "logits": "one chunk of logits"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainOptions):
+    mfu: float = option(0.4, help="share of the device's peak that training is assumed to reach")
+    world: int | None = option(None, help="number of devices [derived: 1]")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu={self.mfu} must lie in (0, 1]")
+        if self.world is not None and self.world < 1:
+            raise ValueError(f"world={self.world} must be at least 1")
+
+
+def main(options: Options) -> None:
+    device, world = choose_device(options.device), options.world or dist.world_size()
+    config = model_config(options)
+    params = count_params(config)
+    options = derive(options, dim=config.dim, params=params.total, rows_per_epoch=rows_per_epoch(options), world=world)
+    loop, seq_len = options.loop, options.data.seq_len
+    precision = choose_precision(loop.precision, device)
+    top = peak(device, DTYPES[precision])
+    flops = flops_per_token(config, seq_len, recompute=loop.recompute)
+    speed = world * top.flops * options.mfu / flops.model                        # tokens per second
+    steps = loop.steps or max(1, int(60 * loop.minutes * speed / (loop.batch * seq_len)))
+    memory = plan_memory(config, batch_size=loop.micro_batch, seq_len=seq_len, itemsize=DTYPES[precision].itemsize,
+                         optimizer=options.optim.kind, ema=loop.ema is not None, recompute=loop.recompute)
+
+    show_model(config, params)
+    show_flops(flops)
+    show_memory(memory, device, loop.micro_batch, seq_len)
+    show_run(options, params, flops, steps=steps, speed=speed,
+             machine=f"{world} x {device}, {units(top.flops, 'FLOP/s')} in {precision} ({top.source})")
+    cache = cache_bytes_per_token(config)
+    say(f"\ndecoding   {bytes_text(cache)} of cache per token in bf16, {bytes_text(cache * config.seq_len)} for a context "
+        f"of {config.seq_len}; {bytes_text(2 * params.total)} of weights")
+
+
+def model_config(options: TrainOptions) -> LMConfig:
+    """The model that training would build or start from."""
+    if options.model.start is not None:
+        from mindseed.interop.directory import load_directory
+        return load_directory(options.model.start).model.config
+    vocab_size = options.data.vocab_size
+    if options.data.tokenizer:
+        from mindseed.tokenizers.hf_json import load_tokenizer
+        vocab_size = load_tokenizer(options.data.tokenizer).vocab_size
+    return options.model.shape(options.depth).lm_config(vocab_size=vocab_size, seq_len=options.data.seq_len)
+
+
+def rows_per_epoch(options: TrainOptions) -> int | None:
+    """Rows in one pass over prepared folders, as if packed without a gap; None where no epochs are asked for."""
+    if options.loop.epochs is None or not options.data.train:
+        return None
+    raw = [entry for entry in options.data.train if not (Path(entry) / "manifest.json").exists()]
+    if raw:
+        raise UserError(f"loop.epochs of {raw[0]} cannot be planned before it is tokenised; `mindseed prepare` it "
+                        "first, or give loop.steps")
+    tokens = sum(int(Prepared(entry).split("train").lengths.sum()) for entry in options.data.train)
+    return max(1, tokens // options.data.seq_len)
+
+
+def show_model(config: LMConfig, params: Params) -> None:
+    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
+    say(f"model      {len(config.layers)} layers, dim {config.dim}, {mixer.heads} heads of {mixer.head_dim} "
+        f"({mixer.kv_heads} kv), ffn {ffn.ffn_dim}, vocabulary {config.vocab_size}, context {config.seq_len}")
+    parts = [("embedding (and head)" if config.tied else "embedding", params.embedding),
+             ("attention", params.attention), ("feed-forward", params.ffn), ("norms", params.norms),
+             ("head", params.head), ("total", params.total)]
+    if params.active != params.total:
+        parts.append(("active for one token", params.active))
+    table("parameters", ["part", "number", "share"],
+          [[name, f"{n:,}", f"{n / params.total:.1%}"] for name, n in parts if n])
+
+
+def show_flops(flops: Flops) -> None:
+    rows = [("forward", flops.forward), ("backward", flops.backward), ("model (what MFU counts)", flops.model),
+            ("computed again", flops.recompute), ("hardware", flops.hardware)]
+    table("arithmetic per token", ["pass", "FLOPs", "of model"],
+          [[name, si(n), f"{n / flops.model:.1%}"] for name, n in rows])
+
+
+def show_memory(memory: TrainMemory, device: torch.device, micro_batch: int, seq_len: int) -> None:
+    """One device's need; warns where it does not fit."""
+    rows = [[text, bytes_text(n)] for name, text in MEMORY_ROWS.items() if (n := getattr(memory, name))]
+    table(f"memory per device, micro-batch {micro_batch} x {seq_len}", ["what", "bytes"],
+          [*rows, ["total", bytes_text(memory.total)]])
+    if device.type != "mps" and memory.total > total_memory(device):
+        warn(f"this needs {bytes_text(memory.total)}, {device} has {bytes_text(total_memory(device))}; lower "
+             "loop.micro_batch or give --loop.recompute")
+
+
+def show_run(options: Options, params: Params, flops: Flops, *, steps: int, speed: float, machine: str) -> None:
+    loop, seq_len = options.loop, options.data.seq_len
+    tokens = steps * loop.batch * seq_len
+    table("run", ["what", "value"], [
+        ["steps", f"{steps:,}"],
+        ["tokens per step", f"{loop.batch * seq_len:,} ({loop.batch} rows of {seq_len})"],
+        ["tokens", si(tokens)],
+        ["tokens per parameter", f"{token_ratio(params, tokens):.1f} (compute-optimal: 20)"],
+        ["learning rate", f"{options.optim.lr:g}"],
+        ["arithmetic", units(tokens * flops.model, "FLOP")],
+        ["device", machine],
+        [f"speed at mfu {options.mfu:.0%}", f"{si(speed)} tok/s"],
+        ["time", duration(tokens / speed)]])
