@@ -18,6 +18,13 @@ from mindseed.tokenizers.bpe_train import count_pieces, learn_merges, train
 from mindseed.tokenizers.byte import Byte
 from mindseed.tokenizers.split import GPT2, Splitter, by_pattern
 
+def corpus(seed: int = 0, size: int = 400) -> list[str]:
+    rng = random.Random(seed)
+    words = ["the", "seed", "grows", "种子", "发芽", "模型", "it's", "2026", "aaaa", "abab", "🙂", "...", "x = y + 1\n"]
+    words += ["".join(rng.choices("aeioulnrst", k=rng.randint(2, 7))) for _ in range(200)]
+    return [" ".join(rng.choices(words, k=rng.randint(1, 12))) + rng.choice("。.\n!") for _ in range(size)]
+
+
 bounded = settings(max_examples=50, deadline=None)
 scripts = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),                    # any Unicode but surrogates
@@ -25,16 +32,10 @@ scripts = st.one_of(
     st.text("🙂👩🏽‍🚀é́ \u200d\u3000\u00a0", max_size=20),                      # emoji, joiners, accents, odd spaces
     st.binary().map(lambda b: b.decode("latin-1")),                       # random bytes, control characters, NUL
     st.sampled_from(SPECIALS),                                            # what special tokens look like
+    st.sampled_from(corpus()), st.text("aeioulnrst", max_size=40),        # what many merges in a row are about
     st.text("ab 1\n\r\t'sS.,", max_size=30),                              # what the pattern's branches are about
 )
 texts = st.lists(scripts, max_size=6).map("".join)
-
-
-def corpus(seed: int = 0, size: int = 400) -> list[str]:
-    rng = random.Random(seed)
-    words = ["the", "seed", "grows", "种子", "发芽", "模型", "it's", "2026", "aaaa", "abab", "🙂", "...", "x = y + 1\n"]
-    words += ["".join(rng.choices("aeioulnrst", k=rng.randint(2, 7))) for _ in range(200)]
-    return [" ".join(rng.choices(words, k=rng.randint(1, 12))) + rng.choice("。.\n!") for _ in range(size)]
 
 
 @pytest.fixture(scope="module")
