@@ -38,9 +38,11 @@ class Layout:
 
     @staticmethod
     def decoding(positions: Tensor, key_positions: Tensor) -> Layout:
-        """New tokens after a cache: a query sees keys (B, S) that stand at or before it; NOWHERE hides a key."""
+        """New tokens after a cache: a query sees keys (B, S) that stand at or before it; NOWHERE hides a key. Position
+        -1 is a pad, whose output means nothing."""
         T, S = positions.shape[1], key_positions.shape[1]
-        visible = key_positions[:, None, :] <= positions[:, :, None]              # (B, T, S)
+        reach = positions.masked_fill(positions < 0, NOWHERE)                      # pads see all: never a row of no keys
+        visible = key_positions[:, None, :] <= reach[:, :, None]                  # (B, T, S)
         if T == 1 and bool(visible.all()):
             return Layout(positions)
         if T == S and torch.equal(positions, torch.arange(T, device=positions.device).expand_as(positions)):
@@ -59,9 +61,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     Returns (B, T, H, K). torch's scaled_dot_product_attention aligns `is_causal` top-left, which is wrong for T < S,
     so a plain causal mask is asked for only when T = S.
     """
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    if T == 1:                                    # one query: the heads of a group are like T of one head, and share k
+        y = F.scaled_dot_product_attention(
+            q.view(B, G, H // G, K), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask)
+        return y.view(B, 1, H, K)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask,
-        is_causal=layout.mask is None and q.shape[1] > 1, enable_gqa=q.shape[2] != k.shape[2])
+        is_causal=layout.mask is None, enable_gqa=H != G)
     return y.transpose(1, 2)
 
 

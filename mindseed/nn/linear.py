@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Role = Literal["column", "row", "replicated"]
 
@@ -18,3 +20,20 @@ class Linear(nn.Linear):
     def __init__(self, in_dim: int, out_dim: int, *, role: Role) -> None:
         super().__init__(in_dim, out_dim, bias=False)
         self.role: Role = role
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.weight)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, (..., in_dim) -> (..., out_dim), the fast way round.
+
+    A handful of rows, as in decoding a batch, meets a slow spot of the CPU's matrix library: with 16 rows in float32
+    the same product written as (W x^T)^T takes half the time (bfloat16: nine tenths), below 8 and above 64 rows more.
+    """
+    if not torch.is_grad_enabled() and x.device.type == "cpu":
+        rows = x.numel() // x.shape[-1]
+        if 8 < rows < 64:
+            y = torch.mm(weight, x.reshape(rows, -1).t())                          # (out_dim, rows)
+            return y.t().contiguous().view(*x.shape[:-1], -1)
+    return F.linear(x, weight)

@@ -30,7 +30,7 @@ def rope_tables(config: RopeConfig, head_dim: int, positions: Tensor, dtype: tor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, T, H, K) by the tables of its positions; computed in the wider of both dtypes, returned as x's."""
-    return Rotate.apply(x, cos, sin)
+    return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
 
 
 class Rotate(torch.autograd.Function):
