@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from mindseed.base.errors import UserError
 
@@ -255,7 +257,7 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ progress
 
 class StepBar:
-    """The progress of a training run: a bar with the newest step line and the time left, or plain lines.
+    """The progress of a training run: a bar with the time left and the newest step line under it, or plain lines.
 
     Where stderr is not a terminal, a line is printed about every `every_s` seconds and for the last step. `enabled` is
     False on all ranks but the first. Use as a context manager; `say` prints above the bar.
@@ -264,32 +266,37 @@ class StepBar:
     def __init__(self, steps: int, *, start: int = 0, enabled: bool = True, every_s: float = 10.0) -> None:
         self.steps, self.start, self.enabled, self.every_s = steps, start, enabled, every_s
         self.began, self.printed = time.monotonic(), -math.inf
-        self.progress: Progress | None = None
+        self.live: Live | None = None
         if enabled and notes.is_terminal:
-            self.progress = Progress(BarColumn(24), TextColumn("{task.description}"), console=notes)
-            self.task = self.progress.add_task(f"step {start}/{steps}", total=steps, completed=start)
+            self.live = Live(self.draw(start, f"step {start}/{steps}", ""), console=notes, refresh_per_second=4)
 
     def __enter__(self) -> StepBar:
-        if self.progress:
-            self.progress.start()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.progress:
-            self.progress.stop()
+        if self.live:
+            self.live.stop()
+
+    def draw(self, step: int, line: str, left: str) -> Group:
+        """The bar, and under it the line, wrapped if the terminal is narrow."""
+        bar = Table.grid(padding=(0, 2))
+        bar.add_row(ProgressBar(total=self.steps, completed=step, width=40), f"{step / max(self.steps, 1):.0%}  {left}")
+        return Group(bar, Text(line))
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """`step` optimiser steps are done; `values` as for `step_line`."""
         if not self.enabled:
             return
         now = time.monotonic()
-        left = (now - self.began) / max(step - self.start, 1) * (self.steps - step)
-        line = f"{step_line(step, self.steps, values)}  left {duration(left)}"
-        if self.progress:
-            self.progress.update(self.task, completed=step, description=line)
+        left = f"left {duration((now - self.began) / max(step - self.start, 1) * (self.steps - step))}"
+        line = step_line(step, self.steps, values)
+        if self.live:
+            self.live.update(self.draw(step, line, left))
         elif now - self.printed >= self.every_s or step == self.steps:
             self.printed = now
-            print(line, file=sys.stderr, flush=True)
+            print(f"{line}  {left}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A lasting line, above the bar if there is one."""
