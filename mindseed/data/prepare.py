@@ -278,7 +278,11 @@ class _Job:
         shutil.rmtree(self.out / ".parts")
 
 
-def listed(skipped: list[list], most: int = 20) -> str:
-    """Bad lines for a message, one a line, the first few of them."""
-    lines = [f"  {file}:{line}: {reason}" for file, line, reason in skipped[:most]]
-    return "\n".join(lines + [f"  ... and {len(skipped) - most} more"] * (len(skipped) > most))
+def listed(skipped: list[list], most: int = 12) -> str:
+    """Bad lines for a message: each reason once, with the places it was met at; the first few of both."""
+    places: dict[str, list[str]] = {}
+    for file, line, reason in skipped:
+        places.setdefault(reason, []).append(f"{file}:{line}")
+    lines = [f"  {', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}: {reason}"
+             for reason, some in list(places.items())[:most]]
+    return "\n".join(lines + [f"  ... and {len(places) - most} other reasons"] * (len(places) > most))
