@@ -29,7 +29,8 @@ from mindseed.tokenizers.hf_json import load_tokenizer
 if __name__ == "__main__":
     file, out, tokenizer = sys.argv[1:]
     prepared = prepare(file, out, load_tokenizer(tokenizer) if tokenizer else Byte())
-    print({split: {k: v for k, v in entry.items() if k != "shards"} for split, entry in prepared.manifest["splits"].items()})
+    train = prepared.manifest["splits"]["train"]
+    print(f"{train['documents']:,} documents, {train['tokens']:,} tokens, {len(train['shards'])} shards")
 """
 ITERATE = """
 import sys
@@ -98,7 +99,7 @@ def measure(name: str, command: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the generated file")
-    parser.add_argument("--folder", default="/tmp/constant-memory", help="where to work; needs about three times the size")
+    parser.add_argument("--folder", default="/tmp/constant-memory", help="where to work; needs thrice the size")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json; by default one token per byte")
     parser.add_argument("--command", default="", help="measure this command instead")
     options = parser.parse_args()

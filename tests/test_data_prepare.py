@@ -30,7 +30,8 @@ CHAT = [{"role": "user", "content": "你好 <|im_end|>"}, {"role": "assistant", 
 
 
 def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows))
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
     return path
 
 
@@ -71,7 +72,8 @@ def test_documents_come_back_whole(tmp_path, small_chunks):
 
 
 def test_shards_are_safetensors(tmp_path):
-    prepared = prepare(write(tmp_path / "a.jsonl", [{"messages": CHAT}, story(3)]), tmp_path / "out", TOKENIZER, heldout=0)
+    file = write(tmp_path / "a.jsonl", [{"messages": CHAT}, story(3)])
+    prepared = prepare(file, tmp_path / "out", TOKENIZER, heldout=0)
     path = tmp_path / "out" / prepared.manifest["splits"]["train"]["shards"][0]["file"]
     theirs, ours = safetensors.numpy.load_file(path), Mapped(path).arrays
     assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[k], ours[k]) for k in ours)

@@ -17,6 +17,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from mindseed.tokenizers.hf_json import save_tokenizer
 
 SHARD_TOKENS = 1 << 25
 FEWEST_SKIPPED = 10                # a fraction as budget never means fewer lines than this
-INLINE_BYTES = 8 << 20             # less input is not worth starting worker processes for
+INLINE_BYTES = 1 << 20             # less input is not worth starting worker processes for
 
 Progress = Callable[[int, int, int], None]        # rows done, parts done, lines skipped
 
@@ -133,6 +134,7 @@ def _start_worker(encoder: Encoder) -> None:
     global _ENCODER
     _ENCODER = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"                    # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                      # Ctrl-C is the main process's affair
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()    # do not outlive it
 
@@ -142,7 +144,10 @@ def _work(chunk: Chunk) -> Encoded:
 
 
 def in_order(encoder: Encoder, todo: Iterable[Chunk], workers: int) -> Iterator[Encoded]:
-    """Encode chunks in `workers` processes; results come in the order of the chunks, with few of them in memory."""
+    """Encode chunks in `workers` processes; results come in the order of the chunks, with few of them in memory.
+
+    Processes are started afresh, so a script that calls this must do so under `if __name__ == "__main__":`.
+    """
     if workers == 1:
         yield from map(encoder, todo)
         return
@@ -158,8 +163,9 @@ def in_order(encoder: Encoder, todo: Iterable[Chunk], workers: int) -> Iterator[
             while waiting:
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("a worker process died, perhaps for want of memory; run the same command again to "
-                            "continue, with fewer --workers") from None
+            raise UserError("a worker process died, for want of memory perhaps; run the same command again to "
+                            "continue, with fewer --workers (a script of your own must call this under "
+                            '`if __name__ == "__main__":`)') from None
         finally:
             for future in waiting:
                 future.cancel()
