@@ -41,6 +41,7 @@ class Plan:
     segments: np.ndarray           # (segments, 3) int32
     rows: np.ndarray               # (rows + 1,) int64
     stats: Stats
+    mapped: Mapped | None = None   # the file behind them, whose pages are to be given back now and then
 
     def __len__(self) -> int:
         return len(self.rows) - 1
@@ -87,8 +88,8 @@ def plan(documents: Documents, seq_len: int, *, strategy: Strategy = "best-fit",
     folder = recover(folder / "plans" / name)
     if not (folder / "stats.json").exists():
         _to_disk(folder, documents, seq_len, strategy, seed, pieces)
-    arrays = Mapped(folder / "plan.safetensors").arrays
-    return Plan(arrays["segments"], arrays["rows"], Stats(**read_json(folder / "stats.json")))
+    mapped = Mapped(folder / "plan.safetensors")
+    return Plan(mapped.arrays["segments"], mapped.arrays["rows"], Stats(**read_json(folder / "stats.json")), mapped)
 
 
 def _in_memory(documents: Documents, *settings) -> Plan:
