@@ -61,7 +61,7 @@ class PackedRows:
         self.documents, self.seq_len = documents, seq_len
         self.seed, self.strategy, self.shuffle = seed, strategy, shuffle
         self.plan = packed or plan(documents, seq_len, strategy=strategy, seed=seed)
-        self._read = 0             # rows looked up: the plan's pages are given back after every 1024
+        self._read = 0             # rows looked up: the plan's pages are given back after every 256
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -81,7 +81,7 @@ class PackedRows:
 
     def _segments(self, row: int) -> list[list[int]]:
         self._read += 1
-        if self._read % 1024 == 0 and self.plan.mapped:
+        if self._read % 256 == 0 and self.plan.mapped:
             self.plan.mapped.release()
         first, stop = self.plan.rows[row:row + 2].tolist()
         return self.plan.segments[first:stop].tolist()

@@ -12,7 +12,7 @@ file, so any tool can open it:
     line       int64 (documents,)               and the line there
 
 The pages that a process has touched of a mapped file count as its memory until they are given back. `Mapped` gives
-them back after every 128 MB touched, which is what keeps training on any amount of text within constant memory.
+them back after every 32 MB touched, which is what keeps training on any amount of text within constant memory.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mindseed.base.files import atomic, read_json, recover, sha256
 from mindseed.tokenizers.hf_json import load_tokenizer
 
 SCHEMA = 1
-TOUCHED_BYTES = 128 << 20          # mapped bytes touched before the pages are given back
+TOUCHED_BYTES = 32 << 20           # mapped bytes touched before the pages are given back
 FAULT_BYTES = 64 << 10             # a page fault maps the neighbourhood too
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
