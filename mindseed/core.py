@@ -114,6 +114,7 @@ class Output:
     hidden: Tensor                                # (B, T, D), after the last norm
     head: Tensor                                  # (V, D)
     chunk: int = 1024                             # tokens per application of the head
+    dtype: torch.dtype | None = None              # of the head's products; None: that of `hidden`
     values: Tensor | None = None                  # (B, T): a critic's or reward model's estimate
     aux: dict[str, Tensor] = field(default_factory=dict)   # auxiliary losses of layers: sums over tokens
 
@@ -127,7 +128,8 @@ class Output:
 
     def logps_and_lse(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """log p(targets) and log of the partition function (for z-loss), both (B, T)."""
-        logps, lse = ChunkedHead.apply(self.hidden.flatten(0, 1), self.head, targets.flatten(), self.chunk)
+        logps, lse = ChunkedHead.apply(self.hidden.flatten(0, 1), self.head, targets.flatten(), self.chunk,
+                                       self.dtype or self.hidden.dtype)
         return logps.view_as(targets), lse.view_as(targets)
 
 
@@ -188,23 +190,22 @@ class ChunkedHead(torch.autograd.Function):
     """Linear head, log-softmax and pick of the target, `chunk` tokens at a time, in both directions.
 
     The logits of one chunk are all that ever exists: the forward pass keeps the log partition function, from which
-    the backward pass rebuilds the softmax of a chunk with one product. Under autocast the products run in its dtype,
-    while the reductions stay in float32 (or wider).
+    the backward pass rebuilds the softmax of a chunk with one product. Products run in `dtype`, reductions in at least
+    float32.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        h, w = hidden.to(dtype), head.to(dtype)
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int,
+                dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        h, w = hidden, head.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        logps, lse = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide)
+        logps, lse = h.new_empty(2, len(h), dtype=wide)
         for i in range(0, len(h), chunk):
-            logits = torch.nn.functional.linear(h[i:i + chunk], w).to(wide)                   # (chunk, V)
+            logits = torch.nn.functional.linear(h[i:i + chunk].to(dtype), w).to(wide)         # (chunk, V)
             lse[i:i + chunk] = logits.logsumexp(-1)
             logps[i:i + chunk] = logits.gather(-1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
         ctx.save_for_backward(h, w, targets, lse)
-        ctx.chunk, ctx.dtypes = chunk, (hidden.dtype, head.dtype)
+        ctx.chunk, ctx.head_dtype = chunk, head.dtype
         return logps, lse
 
     @staticmethod
@@ -214,10 +215,11 @@ class ChunkedHead(torch.autograd.Function):
         g_head = torch.zeros(w.shape, dtype=lse.dtype, device=w.device)
         for i in range(0, len(h), ctx.chunk):
             at = slice(i, i + ctx.chunk)
-            grad = torch.nn.functional.linear(h[at], w).to(lse.dtype).sub_(lse[at, None]).exp_()    # softmax
+            here = h[at].to(w.dtype)
+            grad = torch.nn.functional.linear(here, w).to(lse.dtype).sub_(lse[at, None]).exp_()     # softmax
             grad.mul_((g_lse[at] - g_logps[at])[:, None])
             grad.scatter_add_(-1, targets[at, None], g_logps[at, None])
-            grad = grad.to(h.dtype)
+            grad = grad.to(w.dtype)
             g_hidden[at] = grad @ w
-            g_head += grad.T @ h[at]
-        return g_hidden.to(ctx.dtypes[0]), g_head.to(ctx.dtypes[1]), None, None
+            g_head += grad.T @ here
+        return g_hidden, g_head.to(ctx.head_dtype), None, None, None

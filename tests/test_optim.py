@@ -58,7 +58,8 @@ def test_every_parameter_has_one_group(tied):
     assert groups["vectors"].weight_decay == groups["embeddings"].weight_decay == 0
     optimizers = build_optimizers(list(groups.values()), OptimConfig(kind="muon", lr=1.0))
     assert [type(o).__name__ for o in optimizers] == ["AdamW", "Muon"]
-    assert len(build_optimizers(parameter_groups(model, OptimConfig(kind="adamw")), OptimConfig(kind="adamw", lr=1.0))) == 1
+    adamw = OptimConfig(kind="adamw", lr=1.0)
+    assert len(build_optimizers(parameter_groups(model, adamw), adamw)) == 1
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "wsd"])

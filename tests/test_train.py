@@ -40,7 +40,7 @@ def documents(count: int, seed: int) -> MemoryDocuments:
 
 
 def mixture(batch_size: int, rank: int = 0, world: int = 1) -> RowSource:
-    parts = [(PackedRows(documents(40, 1), seq_len=24, seed=5), 0.7), (PackedRows(documents(30, 2), seq_len=24, seed=5), 0.3)]
+    parts = [(PackedRows(documents(n, n), seq_len=24, seed=5), weight) for n, weight in ((40, 0.7), (30, 0.3))]
     return RowSource(Mixture(parts, seed=5), batch_size=batch_size, rank=rank, world=world)
 
 
@@ -67,7 +67,7 @@ def on_rank(rank: int, world: int, port: int, results) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     with dist.process_group(torch.device("cpu")):
-        model = tiny_model(seed=rank).double()                            # DDP must start all ranks from rank 0's weights
+        model = tiny_model(seed=rank).double()                            # DDP must start from rank 0's weights
         pieces = split(random_batch(8, 24, empty=(4, 5)), 4)
         run = make_run(model, Fixed(pieces[rank::world]), accumulate=2)
         out = steps(run, 3)
@@ -88,9 +88,8 @@ def test_two_ranks_equal_one_on_the_union():
     streamed = make_run(tiny_model().double(), mixture(4), accumulate=2, kind="muon")
     want = steps(one, 3) + steps(streamed, 3)
     torch.testing.assert_close(torch.tensor(two), torch.tensor(want), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), flat(one.backend.model), rtol=1e-8, atol=1e-9)
-    torch.testing.assert_close(torch.tensor(streamed_weights, dtype=torch.float64), flat(streamed.backend.model),
-                               rtol=1e-8, atol=1e-9)
+    for got, run in ((weights, one), (streamed_weights, streamed)):
+        torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), flat(run.backend.model), rtol=1e-8, atol=1e-9)
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.nn.attend import Layout
 from mindseed.nn.ffn import FFNS
 from mindseed.nn.gqa import MIXERS
-from mindseed.nn.linear import Linear
+from mindseed.nn.linear import Linear, product_dtype
 from mindseed.nn.norm import RMSNorm
 
 
@@ -64,7 +64,7 @@ class LM(nn.Module):
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
                 x = block(x, layout, None if state is None else state.layer(i))
-        return Output(hidden=self.norm(x), head=(self.head or self.embed).weight)
+        return Output(hidden=self.norm(x), head=(self.head or self.embed).weight, dtype=product_dtype(x))
 
     def layout(self, positions: Tensor, state: State | None) -> Layout:
         """Masks and rotary tables for this batch, made once for all layers."""

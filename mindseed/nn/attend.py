@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindseed.nn.blocked import BlockedAttention, key_ranges, whole_ranges
 from mindseed.nn.rope import RopeConfig, rope_tables
 
 NOWHERE = 1 << 40                    # the position of a cache slot that no query may see
@@ -26,15 +27,18 @@ class Layout:
     positions: Tensor                                       # (B, T)
     mask: Tensor | None = None
     rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ranges: list[tuple[int, int, int]] | None = None        # which keys a block of queries needs, see blocked.py
 
     @staticmethod
     def training(positions: Tensor) -> Layout:
         """Rows of packed documents: a query sees earlier tokens of its own document."""
+        blocked = positions.device.type == "cpu" and torch.is_grad_enabled()
         if not (positions[:, 1:] == 0).any():
-            return Layout(positions)
+            T = positions.shape[1]
+            return Layout(positions, ranges=whole_ranges(T) if blocked else None)
         document = (positions == 0).cumsum(1)                                     # (B, T)
         same = document[:, :, None] == document[:, None, :]                       # (B, T, T)
-        return Layout(positions, same.tril_()[:, None])
+        return Layout(positions, same.tril_()[:, None], ranges=key_ranges(positions) if blocked else None)
 
     @staticmethod
     def decoding(positions: Tensor, key_positions: Tensor) -> Layout:
@@ -63,6 +67,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """
     B, T, H, K = q.shape
     G = k.shape[2]
+    if layout.ranges is not None:
+        return BlockedAttention.apply(q, k, v, layout.mask, layout.ranges)
     if T == 1:                                    # one query: the heads of a group are like T of one head, and share k
         y = F.scaled_dot_product_attention(
             q.view(B, G, H // G, K), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask)

@@ -5,11 +5,14 @@
 """
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mindseed.base.hardware import measured_peak
 
 Role = Literal["column", "row", "replicated"]
 
@@ -25,6 +28,42 @@ class Linear(nn.Linear):
         return project(x, self.weight)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products of x run: that of x, or of autocast, or float32 where bfloat16 is slower.
+
+    Not every CPU that knows bfloat16 multiplies it faster than float32; some need twice the time. There, autocast to
+    bfloat16 keeps what it is for, activations of half the size, while the products run in float32.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x.dtype
+    dtype = torch.get_autocast_dtype(kind)
+    return torch.float32 if kind == "cpu" and dtype == torch.bfloat16 and not fast_bfloat16() else dtype
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones; measured once per process."""
+    return measured_peak("cpu", torch.bfloat16, seconds=0.1) > measured_peak("cpu", torch.float32, seconds=0.1)
+
+
+class WideProduct(torch.autograd.Function):
+    """x W^T with x kept in autocast's dtype for the backward pass, and all three products in the dtype of W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(weight.dtype), weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, weight = ctx.saved_tensors
+        wide = g.to(weight.dtype)
+        g_weight = wide.flatten(0, -2).mT @ x.flatten(0, -2).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return (wide @ weight).to(g.dtype), g_weight, None
+
+
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (..., in_dim) -> (..., out_dim), the fast way round.
 
@@ -36,4 +75,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         if 8 < rows < 64:
             y = torch.mm(weight, x.reshape(rows, -1).t())                          # (out_dim, rows)
             return y.t().contiguous().view(*x.shape[:-1], -1)
+    if torch.is_autocast_enabled(x.device.type) and product_dtype(x) == weight.dtype:
+        with torch.autocast(x.device.type, enabled=False):
+            return WideProduct.apply(x, weight, torch.get_autocast_dtype(x.device.type))
     return F.linear(x, weight)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from mindseed.base.config import option
-from mindseed.nn.linear import Linear
 from mindseed.optim.muon import Muon
 
 
@@ -58,7 +57,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     kinds: dict[int, str] = {}
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
-            inside = isinstance(module, Linear) and "." in name                   # a matrix of a block, not the head
+            inside = hasattr(module, "role") and "." in name                      # a Linear of a block, not the head
             kinds.setdefault(id(p), "matrices" if inside else "embeddings" if p.ndim == 2 else "vectors")
     rules = {"matrices": (config.kind, config.weight_decay, 1.0),
              "embeddings": ("adamw", 0.0, config.embedding_lr),

@@ -34,7 +34,7 @@ class ModelOptions:
     dropout: float = option(0.0, help="dropout on the embedding and on what each half of a block adds")
 
     def shape(self, depth: int | None) -> Shape:
-        """The uniform decoder these options ask for. `dim` alone keeps the preset's ratios of heads and feed-forward."""
+        """The uniform decoder these options ask for: a preset or a depth, with what was overridden."""
         if depth is not None and self.preset is not None:
             raise UserError(f"--depth {depth} and --model.preset {self.preset} both choose a shape; give one of them")
         base = shape_of_depth(depth) if depth is not None else preset(self.preset or "toy")
@@ -45,14 +45,19 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    train: tuple[str, ...] = option((), help="files, folders or globs (jsonl, gz, zst, parquet, txt), or prepared folders")
-    weights: tuple[float, ...] = option((), help="share of each entry of data.train in the mixture [derived: by tokens]")
-    tokenizer: str | None = option(None, help="directory or tokenizer.json [derived: of model.start, or trained on the data]")
+    train: tuple[str, ...] = option((),
+                                    help="files, folders or globs (jsonl, gz, zst, parquet, txt), or prepared folders")
+    weights: tuple[float, ...] = option((),
+                                        help="share of each entry of data.train in the mixture [derived: by tokens]")
+    tokenizer: str | None = option(None,
+                                   help="directory or tokenizer.json [derived: of model.start, or trained on the data]")
     vocab_size: int = option(6400, help="size of the tokenizer that is trained when none is given")
     seq_len: int = option(512, help="tokens per row, the context the model is trained on")
-    packing: Literal["best-fit", "sequential", "pad"] = option("best-fit", help="how documents share a row; pad: one a row")
+    packing: Literal["best-fit", "sequential", "pad"] = option("best-fit",
+                                                               help="how documents share a row; pad: one a row")
     heldout: float = option(0.01, help="share of the documents kept apart for validation, chosen by their hash")
-    max_skipped: float = option(0.01, help="bad lines put up with: below 1 a share (at least 10 lines), else a number")
+    max_skipped: float = option(0.01,
+                                help="bad lines put up with: below 1 a share (at least 10 lines), else a number")
     workers: int | None = option(None, help="processes that tokenise [derived: one per core]")
 
 
@@ -65,15 +70,19 @@ class ObjectiveOptions:
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
     steps: int | None = option(None, help="optimiser steps [derived: loop.tokens / loop.batch / seq_len]")
-    minutes: float | None = option(None, help="train for about this long: steps follow from timing a few on this machine")
+    minutes: float | None = option(None,
+                                   help="train for about this long: steps follow from timing a few on this machine")
     epochs: float | None = option(None, help="passes over the data, instead of steps")
-    tokens_per_param: float = option(20.0, help="tokens per parameter when neither steps, minutes nor epochs are given")
+    tokens_per_param: float = option(20.0,
+                                     help="tokens per parameter when neither steps, minutes nor epochs are given")
     batch: int | None = option(None, help="rows per optimiser step, over all ranks [derived: 16384 tokens]")
     micro_batch: int | None = option(None, help="rows per forward pass and rank [derived: up to 4096 tokens]")
-    precision: PrecisionChoice = option("auto", help="auto: bf16 where it is the faster one, else fp32; masters are fp32")
+    precision: PrecisionChoice = option("auto",
+                                        help="auto: bf16 where it is the faster one, else fp32; masters are fp32")
     compile: bool = option(False, help="compile each block with torch.compile")
     recompute: bool = option(False, help="recompute activations in the backward pass: less memory, a third more work")
-    ema: float | None = option(None, help="keep a moving average of the weights with this decay, and save it as the model")
+    ema: float | None = option(None,
+                               help="keep a moving average of the weights with this decay, and save it as the model")
     validate_every: int | None = option(None, help="steps between validations, 0: never [derived: 10 in a run]")
     validate_documents: int = option(500, help="held-out documents used, at most, of each entry of data.train")
     sample_every: int | None = option(None, help="steps between printed samples, 0: never [derived: 4 in a run]")
@@ -93,9 +102,12 @@ class LoopOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    run: str = option("runs/train", help="folder of the run: config, log, checkpoints, and the model directory at the end")
-    resume: Resume = option("never", bare="newest", help="newest: go on from the last checkpoint; auto: start, or go on")
-    depth: int | None = option(None, help="the one dial: layers, width, heads, batch, learning rate and steps follow from it")
+    run: str = option("runs/train",
+                      help="folder of the run: config, log, checkpoints, and the model directory at the end")
+    resume: Resume = option("never", bare="newest",
+                            help="newest: go on from the last checkpoint; auto: start, or go on")
+    depth: int | None = option(None,
+                               help="the one dial: layers, width, heads, batch, learning rate and steps follow from it")
     seed: int = option(0, help="seed of the weights, the order of the data, dropout and samples")
     device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto: the GPU if there is one")
     trackers: tuple[str, ...] = option((), help="also log to: tensorboard, wandb, swanlab, trackio")

@@ -24,7 +24,7 @@ from mindseed.plan.flops import Flops, flops_per_token
 from mindseed.plan.memory import TrainMemory, cache_bytes_per_token, plan_memory, token_ratio
 from mindseed.plan.params import Params, count_params
 from mindseed.recipes.options import TrainOptions, derive
-from mindseed.recipes.train import DTYPES, choose_device, choose_precision
+from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
 
 MEMORY_ROWS = {"weights": "weights, fp32", "gradients": "gradients", "optimizer": "optimiser state",
                "ema": "moving average", "casts": "narrow copies of weights",

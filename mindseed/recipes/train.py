@@ -11,6 +11,8 @@ the field read.
 """
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import shlex
 import subprocess
@@ -27,13 +29,12 @@ from mindseed.base import config as base_config
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import write_json, write_text
-from mindseed.base.hardware import describe_machine, measured_peak, peak
+from mindseed.base.hardware import describe_machine, peak
 from mindseed.base.log import bytes_text, open_sinks, say, si, table
 from mindseed.core import Objective
 from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
 from mindseed.data.mix import Mixture
 from mindseed.data.prefetch import Prefetch
-from mindseed.data.prepare import prepare
 from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
@@ -45,11 +46,14 @@ from mindseed.optim.ema import EMA
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
 from mindseed.plan.flops import flops_per_token
+from mindseed.recipes import prepare
+from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals
 from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
 from mindseed.train.state import Checkpoints, restore
 from mindseed.train.step import Run
+from mindseed.tokenizers.hf_json import load_tokenizer
 from mindseed.train.validate import evaluate
 
 Options = TrainOptions
@@ -78,7 +82,8 @@ def train(options: TrainOptions, device: torch.device) -> Path:
     options = derive(options, dim=model.config.dim, params=sum(p.numel() for p in model.parameters()),
                      rows_per_epoch=len(data.rows), world=dist.world_size())
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
-    source = Prefetch(RowSource(data.rows, batch_size=options.loop.micro_batch, rank=dist.rank(), world=dist.world_size()))
+    source = Prefetch(RowSource(data.rows, batch_size=options.loop.micro_batch, rank=dist.rank(),
+                                world=dist.world_size()))
 
     objective = SFT(label_smoothing=options.objective.label_smoothing, z_loss=options.objective.z_loss)
     groups = parameter_groups(model, options.optim)
@@ -117,7 +122,6 @@ def train(options: TrainOptions, device: torch.device) -> Path:
 # ----------------------------------------------------------------------------------------------------------- the parts
 
 SHAPE = {"preset", "layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "theta", "tied"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,41 +135,13 @@ class Data:
     heldout: dict[str, Evaluation]
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of an option; `auto` is this rank's GPU, or Apple's, or the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name!r} is not a device; use cpu, cuda, cuda:0, mps or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch finds no CUDA GPU here; use --device cpu, or install a CUDA build of torch")
-    if device.type == "cuda" and device.index is None and dist.launched():
-        import os
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 on GPUs that have it; on a CPU whichever of bf16 and fp32 multiplies matrices faster."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    if device.type != "cpu":
-        return "fp32"
-    faster = measured_peak("cpu", torch.bfloat16) > 1.2 * measured_peak("cpu", torch.float32)
-    return "bf16" if dist.gather(faster)[0] else "fp32"
-
-
 def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     """Refuse to write over another run. A run of a given duration keeps, on resuming, the steps it was given first."""
     before = folder / "config.toml"
     if options.resume == "newest" and not before.exists():
         raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
     if options.resume == "never" and before.exists():
-        raise UserError(f"{folder} already holds a run; go on with it with --resume, or choose another folder with --run")
+        raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--run NAME)")
     if before.exists() and options.loop.minutes is not None:
         loop = base_config.read_toml(before).get("loop", {})
         if isinstance(loop.get("steps"), int) and loop.get("minutes") == options.loop.minutes:
@@ -180,13 +156,10 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
         raise UserError("data.train is empty: name files, folders or prepared folders, e.g. --data.train corpus.jsonl")
     if given.weights and len(given.weights) != len(given.train):
         raise UserError(f"data.weights has {len(given.weights)} numbers for {len(given.train)} entries of data.train")
-    if dist.is_main():
-        tokenizer = choose_tokenizer(options, run_folder)
-        folders = [prepare_entry(entry, i, options, tokenizer, run_folder) for i, entry in enumerate(given.train)]
-    dist.barrier()
-    if not dist.is_main():                        # everything is on disk now
-        tokenizer = choose_tokenizer(options, run_folder)
-        folders = [prepare_entry(entry, i, options, tokenizer, run_folder) for i, entry in enumerate(given.train)]
+    where = choose_tokenizer(options, run_folder)
+    folders = [prepare_entry(entry, i, options, where, run_folder) for i, entry in enumerate(given.train)]
+    dist.barrier()                                # rank 0 has written it all
+    tokenizer = load_tokenizer(where)
     entries = [Prepared(folder, tokenizer=tokenizer) for folder in folders]
     names = [Path(entry).name.split(".")[0] or "data" for entry in given.train]
     if len(set(names)) < len(names):
@@ -201,30 +174,27 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     return Data(tokenizer=tokenizer, rows=rows, entries=entries, names=names, heldout=heldout)
 
 
-def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Any:
-    """The one that is named; else the start model's; else one trained on the data, kept in the run's folder."""
-    from mindseed.tokenizers.hf_json import load_tokenizer
+def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
+    """Where the tokenizer is: named; else the start model's; else one trained on the data, in the run's folder."""
+    if options.data.tokenizer or options.model.start:
+        return Path(options.data.tokenizer or options.model.start)
     own = run_folder / "tokenizer"
-    if options.data.tokenizer:
-        return load_tokenizer(options.data.tokenizer)
-    if options.model.start:
-        return load_tokenizer(options.model.start)
-    if not own.exists():
-        from mindseed.recipes import tokenizer as recipe
+    if not own.exists() and dist.is_main():
+        recipe = importlib.import_module("mindseed.recipes.tokenizer")
         recipe.main(recipe.Options(data=options.data.train, out=str(own), vocab_size=options.data.vocab_size))
-    return load_tokenizer(own)
+    return own
 
 
-def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Any, run_folder: Path) -> Path:
-    """The prepared folder of one entry of data.train."""
+def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Path, run_folder: Path) -> Path:
+    """The prepared folder of one entry of data.train; rank 0 makes it if the entry is raw."""
     path = Path(entry)
     if (path / "manifest.json").exists() or (path / ".parts").exists():
         return path
     out = run_folder / "data" / f"{index}-{path.name.split('.')[0] or 'data'}"
     if dist.is_main():
-        from mindseed.recipes import prepare as recipe
-        recipe.run(paths=[entry], out=out, tokenizer=tokenizer, heldout=options.data.heldout,
-                   max_skipped=options.data.max_skipped, workers=options.data.workers)
+        prepare.main(prepare.Options(
+            paths=(entry,), out=str(out), tokenizer=str(tokenizer), heldout=options.data.heldout,
+            max_skipped=options.data.max_skipped, workers=options.data.workers))
     return out
 
 
@@ -274,7 +244,6 @@ def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkp
 def validation(backend: NativeBackend, data: Data, ema: EMA | None):
     """Bits per byte on held-out documents: of each entry by name, and over all bytes."""
     def measure(step: int) -> dict[str, Any]:
-        import contextlib
         values, bits, total = {}, 0.0, 0
         with ema.applied() if ema and step else contextlib.nullcontext():
             for name, documents in data.heldout.items():
@@ -318,8 +287,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     c, loop = model.config, options.loop
     mixer, ffn = c.layers[0].mixer, c.layers[0].ffn
     params = sum(p.numel() for p in model.parameters())
-    say(f"model      {si(params)} parameters: {len(c.layers)} layers, dim {c.dim}, {mixer.heads} heads of {mixer.head_dim} "
-        f"({mixer.kv_heads} kv), ffn {ffn.ffn_dim}, vocabulary {c.vocab_size}, context {c.seq_len}")
+    say(f"model      {si(params)} parameters: {len(c.layers)} layers, dim {c.dim}, {mixer.heads} heads of "
+        f"{mixer.head_dim} ({mixer.kv_heads} kv), ffn {ffn.ffn_dim}, vocabulary {c.vocab_size}, context {c.seq_len}")
     for name, entry in zip(data.names, data.entries):
         split = entry.split("train")
         say(f"data       {name}: {len(split):,} documents ({entry.kind}), {si(int(split.lengths.sum()))} tokens, "
@@ -327,8 +296,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     parts = data.rows.parts if isinstance(data.rows, Mixture) else [data.rows]
     for name, part in zip(data.names, parts):
         say(f"packing    {name}: {part.stats}")
-    say(f"batch      {loop.batch} rows of {options.data.seq_len} = {loop.batch * options.data.seq_len:,} tokens a step, in "
-        f"micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
+    say(f"batch      {loop.batch} rows of {options.data.seq_len} = {loop.batch * options.data.seq_len:,} tokens a step, "
+        f"in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
@@ -342,7 +311,8 @@ def open_run(options: TrainOptions, folder: Path, resumed: Path | None) -> list:
     write_text(folder / "config.toml", base_config.to_toml(replace(options, resume="never")))
     write_json(folder / "run.json", {
         "command": shlex.join(["mindseed", *sys.argv[1:]]), "version": __version__, "commit": commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(), "world_size": dist.world_size()})
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(),
+        "world_size": dist.world_size()})
     log = folder / "log.jsonl"
     if log.exists():
         step = int(resumed.name.split("-")[1]) if resumed else -1

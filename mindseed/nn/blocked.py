@@ -1,0 +1,104 @@
+"""Attention in blocks of queries, for training on a CPU.
+
+torch's fused CPU kernel is slow in its backward pass and reads a mask for every pair of tokens. Here a block of
+queries meets only the keys it may see: none after its end, and none before the start of the oldest document in it, so
+packed rows of short documents cost little. Scores of one block are all that ever exists; the backward pass makes
+them again from the saved log partition function (FlashAttention's recomputation, 2205.14135). The query heads that
+share a key head are laid side by side as more query rows, so keys are never copied.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BLOCK = 64                                    # queries per block
+
+
+def key_ranges(positions: Tensor, block: int = BLOCK) -> list[tuple[int, int, int]]:
+    """(first query, stop, first key) of every block: the keys before the first one belong to finished documents.
+
+    positions (B, T) restart at 0 with every document.
+    """
+    T = positions.shape[1]
+    zeros = torch.where(positions == 0, torch.arange(T), 0)
+    first = zeros.cummax(1).values.amin(0).tolist()                               # where the oldest document began
+    return [(i, min(i + block, T), first[i]) for i in range(0, T, block)]
+
+
+def whole_ranges(length: int, block: int = BLOCK) -> list[tuple[int, int, int]]:
+    """The same for rows that are one document each."""
+    return [(i, min(i + block, length), 0) for i in range(0, length, block)]
+
+
+class BlockedAttention(torch.autograd.Function):
+    """q (B, T, H, K), k and v (B, T, G, K), mask (B, 1, T, T) or None for plain causal -> (B, T, H, K)."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ranges: list) -> Tensor:
+        B, T, H, K = q.shape
+        G = k.shape[2]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        qg, kg, vg = by_group(q, G, wide), by_group(k, G, wide), by_group(v, G, wide)
+        y = torch.empty_like(qg)                                                  # (B G, R, T, K)
+        lse = qg.new_empty(qg.shape[:-1])                                         # (B G, R, T)
+        for i, stop, first in ranges:
+            p = scores(qg, kg, mask, i, stop, first)                              # (B G, R, t, s)
+            top = p.logsumexp(-1, keepdim=True)
+            lse[:, :, i:stop] = top[..., 0]
+            p.sub_(top).exp_()
+            y[:, :, i:stop] = multiply(p, vg[:, 0, first:stop])
+        ctx.save_for_backward(q, k, v, y.to(q.dtype), lse, mask)
+        ctx.ranges = ranges
+        return from_groups(y, B).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        q, k, v, y, lse, mask = ctx.saved_tensors
+        B, G, scale = q.shape[0], k.shape[2], 1 / math.sqrt(q.shape[-1])
+        qg, kg, vg, gg = (by_group(x, G, lse.dtype) for x in (q, k, v, g))
+        delta = (gg * y).sum(-1, keepdim=True)                                    # (B G, R, T, 1)
+        dq, dk, dv = torch.empty_like(qg), torch.zeros_like(kg), torch.zeros_like(vg)
+        for i, stop, first in ctx.ranges:
+            p = scores(qg, kg, mask, i, stop, first).sub_(lse[:, :, i:stop, None]).exp_()
+            gi = gg[:, :, i:stop]
+            dv[:, 0, first:stop] += gather(p, gi)
+            ds = multiply(gi, vg[:, 0, first:stop].mT).sub_(delta[:, :, i:stop]).mul_(p).mul_(scale)
+            dq[:, :, i:stop] = multiply(ds, kg[:, 0, first:stop])
+            dk[:, 0, first:stop] += gather(ds, qg[:, :, i:stop])
+        dq, dk, dv = (from_groups(x, B).to(q.dtype) for x in (dq, dk, dv))
+        return dq, dk, dv, None, None
+
+
+def scores(q: Tensor, k: Tensor, mask: Tensor | None, i: int, stop: int, first: int) -> Tensor:
+    """Scaled and masked scores of queries i..stop over keys first..stop: (B G, R, t, s)."""
+    s = multiply(q[:, :, i:stop], k[:, 0, first:stop].mT).mul_(1 / math.sqrt(q.shape[-1]))
+    if mask is not None:
+        B = mask.shape[0]
+        s.view(B, -1, *s.shape[2:]).masked_fill_(~mask[:, :, i:stop, first:stop], -torch.inf)
+    else:                                                                         # only the last square is cut
+        future = torch.ones(stop - i, stop - i, dtype=torch.bool, device=s.device).triu_(1)
+        s[..., i - first:].masked_fill_(future, -torch.inf)
+    return s
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """(N, R, t, x) @ (N, x, z) -> (N, R, t, z), the R groups as more rows of one product."""
+    return torch.bmm(a.flatten(1, 2), b).unflatten(1, a.shape[1:3])
+
+
+def gather(a: Tensor, b: Tensor) -> Tensor:
+    """sum over R and t of a (N, R, t, s) times b (N, R, t, K) -> (N, s, K)."""
+    return torch.bmm(a.flatten(1, 2).mT, b.flatten(1, 2))
+
+
+def by_group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(B, T, H, K) -> (B G, H / G, T, K), contiguous."""
+    B, T, H, K = x.shape
+    return x.to(dtype).view(B, T, groups, H // groups, K).permute(0, 2, 3, 1, 4).reshape(B * groups, H // groups, T, K)
+
+
+def from_groups(x: Tensor, batch: int) -> Tensor:
+    """(B G, R, T, K) -> (B, T, G R, K)."""
+    return x.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -1,0 +1,39 @@
+"""What a recipe runs on: the device and the precision, chosen from what is there unless they are named."""
+from __future__ import annotations
+
+import os
+
+import torch
+
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.base.hardware import measured_peak
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of an option; `auto` is this rank's GPU, or Apple's, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name!r} is not a device; use cpu, cuda, cuda:0, mps or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch finds no CUDA GPU here; use --device cpu, or install a CUDA build of torch")
+    if device.type == "cuda" and device.index is None and dist.launched():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto`: bf16 on GPUs that have it; on a CPU whichever of bf16 and fp32 multiplies matrices faster."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device.type != "cpu":
+        return "fp32"
+    faster = measured_peak("cpu", torch.bfloat16) > 1.2 * measured_peak("cpu", torch.float32)
+    return "bf16" if dist.gather(faster)[0] else "fp32"
