@@ -41,31 +41,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model directory in memory. `stop_ids` end an answer; `sampling` are the directory's defaults for generating;
-    `template` is the hash of the chat format it was trained with, None if a foreign directory doesn't say."""
+    """A model directory in memory."""
 
     model: LM
     tokenizer: Tokenizer
     info: dict[str, Any] = field(default_factory=dict)
-    stop_ids: tuple[int, ...] = ()
-    sampling: dict[str, Any] = field(default_factory=dict)
-    template: str | None = None
+    stop_ids: tuple[int, ...] = ()                # ids that end an answer
+    sampling: dict[str, Any] = field(default_factory=dict)     # the directory's own defaults for generating
+    chat_template: str | None = None              # Jinja
+    template_hash: str | None = None              # of the chat format it was trained with; None: a foreign directory
     dtype: torch.dtype | None = None              # of the weights in the file
 
     @property
     def speaks_our_chat(self) -> bool:
         """Whether the chat format in which it was trained is the one that this version renders."""
-        return self.template == template_hash()
+        return self.template_hash == template_hash()
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
 def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info: dict[str, Any] | None = None,
-                   dtype: torch.dtype | None = None) -> Path:
+                   dtype: torch.dtype | None = None, chat_template: str | None = JINJA,
+                   sampling: dict[str, Any] = SAMPLING) -> Path:
     """Write a model directory, wholly or not at all. `dtype` is that of the weights in the file, by default the model's.
 
-    `info` (parent, data, seed, metrics: plain JSON) is kept in mindseed.json. UserError if the architecture has no
-    published layout or the tokenizer needs more ids than the model has.
+    `info` (parent, data, seed, metrics: plain JSON) is kept in mindseed.json. `chat_template` and `sampling` go where
+    others look for them; only a model trained with our own template is marked as such. UserError if the architecture
+    has no published layout or the tokenizer needs more ids than the model has.
     """
     folder, config = Path(folder), model.config
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
@@ -81,12 +83,12 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
         temp.mkdir()
         write_json(temp / "config.json", data)
         save_file(write_names(qwen3.RULES, tensors), temp / "model.safetensors", metadata={"format": "pt"})
-        save_tokenizer(tokenizer, temp, chat_template=JINJA, max_len=config.seq_len)
+        save_tokenizer(tokenizer, temp, chat_template=chat_template, max_len=config.seq_len)
         write_json(temp / "generation_config.json",
-                   {key: value for key, value in generation.items() if value is not None} | SAMPLING)
+                   {key: value for key, value in generation.items() if value is not None} | sampling)
         write_json(temp / "mindseed.json", {
             "format": FORMAT, "mindseed": __version__, "config": config_to_dict(config), "info": info or {},
-            "tokenizer_hash": tokenizer.hash(), "template_hash": template_hash()})
+            "tokenizer_hash": tokenizer.hash(), "template_hash": template_hash() if chat_template == JINJA else None})
     return folder
 
 
@@ -113,7 +115,8 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
     stored = load_weights(model, folder, dtype, device)
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored,
-                  stop_ids=stop_ids(generation, data), template=ours.get("template_hash"),
+                  stop_ids=stop_ids(generation, data), chat_template=read_template(folder),
+                  template_hash=ours.get("template_hash"),
                   sampling={k: generation[k] for k in ("do_sample", "temperature", "top_p", "top_k", "min_p",
                                                        "repetition_penalty") if generation.get(k) is not None})
 
@@ -155,6 +158,15 @@ def stop_ids(generation: dict[str, Any], config: dict[str, Any]) -> tuple[int, .
     """The ids that end an answer: those of generation_config.json, else of config.json."""
     ids = generation.get("eos_token_id", config.get("eos_token_id"))
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template, from its own file or from tokenizer_config.json."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.exists() else None
+    return template if isinstance(template, str) else None
 
 
 def load_weights(model: LM, folder: Path, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:

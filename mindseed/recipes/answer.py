@@ -1,0 +1,53 @@
+"""What `chat` and `generate` share: which model, on which device, and how to choose tokens."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mindseed.base.config import option
+from mindseed.base.errors import UserError
+from mindseed.base.log import warn
+from mindseed.infer.sample import Sampling
+from mindseed.interop.directory import Loaded, load_directory
+from mindseed.recipes.machine import choose_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    model: str = option("", help="the model directory", positional=True)
+    temperature: float | None = option(None, help="0: always the likeliest token; higher: more surprising [the model's]")
+    top_k: int | None = option(None, help="choose among the k likeliest tokens; 0: all [the model's]")
+    top_p: float | None = option(None, help="choose among the likeliest tokens with this much probability [the model's]")
+    min_p: float | None = option(None, help="drop tokens less likely than this times the likeliest [the model's]")
+    repetition_penalty: float | None = option(None, help="above 1: avoid tokens that occurred [the model's]")
+    seed: int = option(0, help="the same seed gives the same answers")
+    max_new: int = option(512, help="longest answer, in tokens")
+    stop: tuple[str, ...] = option((), help="end an answer at any of these texts")
+    device: str = option("auto", help="cpu, cuda, mps, or auto")
+    dtype: str = option("auto", help="fp32, bf16, or auto: fp32 on a CPU, bf16 elsewhere")
+
+    def load(self, recipe: str) -> Loaded:
+        """The model on its device. UserError if none is named."""
+        if not self.model:
+            raise UserError(f"which model? mindseed {recipe} DIRECTORY, for example runs/demo/model")
+        device = choose_device(self.device)
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16,
+                  "auto": torch.float32 if device.type == "cpu" else torch.bfloat16}
+        if self.dtype not in dtypes:
+            raise UserError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(dtypes)}")
+        return load_directory(self.model, dtype=dtypes[self.dtype], device=device)
+
+    def sampling(self, loaded: Loaded) -> Sampling:
+        """The options over the directory's defaults over plain sampling."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        values = {name: loaded.sampling[name] for name in names if name in loaded.sampling}
+        if loaded.sampling.get("do_sample") is False:
+            values["temperature"] = 0.0
+        values |= {name: value for name in names if (value := getattr(self, name)) is not None}
+        return Sampling(**values, seed=self.seed)
+
+
+def warn_of_foreign_chat(loaded: Loaded, where: str) -> None:
+    if not loaded.speaks_our_chat:
+        warn(f"{where} was not trained with the chat format of this version, so its answers may be poor")

@@ -1,0 +1,142 @@
+"""Answer prompts for scripts: one prompt a line in, one JSON object a line out, in the order given.
+
+Prompts come from --prompt, from --file or from stdin. With `--input jsonl` a line is {"prompt": "..."} or
+{"messages": [...], "tools": [...]}. In chat mode a prompt is a user's question; in text mode the model goes on with it.
+Prompt i draws with seed + i, so neither the batch size nor the other prompts change an answer.
+"""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Literal, TextIO
+
+from mindseed.base.config import option
+from mindseed.base.errors import UserError
+from mindseed.base.files import atomic
+from mindseed.core import Tokenizer
+from mindseed.infer.generate import generate
+from mindseed.recipes.answer import AnswerOptions, warn_of_foreign_chat
+from mindseed.tokenizers.base import BOS
+from mindseed.tokenizers.chat import encode_chat, normalise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AnswerOptions):
+    prompt: tuple[str, ...] = option((), help="prompts to answer instead of stdin")
+    file: str | None = option(None, help="read prompts from this file instead of stdin")
+    input: Literal["text", "jsonl"] = option("text", help="a line is a prompt, or a JSON object with prompt or messages")
+    mode: Literal["chat", "text"] = option("chat", help="ask the prompt as a user's question, or continue it as text")
+    system: str = option("", help="system prompt (chat mode)")
+    think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes (chat mode)")
+    samples: int = option(1, help="answers per prompt")
+    batch_size: int = option(16, help="answers made at a time")
+    logps: bool = option(False, help="also write the log-probability of every token")
+    out: str | None = option(None, help="write here instead of stdout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One answer to make: the row it belongs to, its prompt's ids, its seed."""
+
+    row: dict[str, Any]
+    ids: list[int]
+    seed: int
+
+
+def main(options: Options) -> None:
+    for name in ("samples", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{name}={getattr(options, name)} must be at least 1")
+    if options.prompt and options.file is not None:
+        raise UserError("--prompt and --file both give prompts; use one of them")
+    loaded = options.load("generate")
+    if options.mode == "chat":
+        warn_of_foreign_chat(loaded, options.model)
+    sampling, limit = options.sampling(loaded), loaded.model.config.seq_len
+    with prompts(options) as lines, output(options.out) as out:
+        todo = jobs(lines, options, loaded.tokenizer, limit)
+        while batch := list(itertools.islice(todo, options.batch_size)):
+            done = generate(loaded.model, loaded.tokenizer, [job.ids for job in batch], sampling=sampling,
+                            max_new=options.max_new, stop=options.stop, stop_ids=loaded.stop_ids or None,
+                            seeds=[job.seed for job in batch], logps=options.logps)
+            for job, answer in zip(batch, done):
+                row = job.row | {"text": answer.text, "tokens": len(answer.ids), "finish": answer.finish}
+                if options.logps:
+                    row |= {"ids": answer.ids, "logps": [round(p, 6) for p in answer.logps]}
+                print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+
+
+@contextlib.contextmanager
+def prompts(options: Options) -> Iterator[Iterator[tuple[str, str]]]:
+    """(where it stands, line) for every line that is not empty."""
+    def numbered(lines: TextIO, name: str) -> Iterator[tuple[str, str]]:
+        for n, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{name}:{n}", line.rstrip("\n")
+
+    if options.prompt:
+        yield ((f"--prompt {n}", text) for n, text in enumerate(options.prompt, 1))
+    elif options.file is not None:
+        if not Path(options.file).is_file():
+            raise UserError(f"{options.file} does not exist or is not a file")
+        with open(options.file, encoding="utf-8") as lines:
+            yield numbered(lines, options.file)
+    elif sys.stdin.isatty():
+        raise UserError("no prompts: give --prompt or --file, or pipe lines in (to talk, use `mindseed chat`)")
+    else:
+        yield numbered(sys.stdin, "stdin")
+
+
+@contextlib.contextmanager
+def output(path: str | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    with atomic(path) as temp, open(temp, "w", encoding="utf-8") as file:
+        yield file
+
+
+def jobs(lines: Iterator[tuple[str, str]], options: Options, tokenizer: Tokenizer, limit: int) -> Iterator[Job]:
+    """Answers to make. UserError that names the line for one that cannot be answered."""
+    try:
+        for index, (where, line) in enumerate(lines):
+            try:
+                row, ids = read_prompt(line, options, tokenizer)
+                if len(ids) >= limit:
+                    raise UserError(f"the prompt has {len(ids)} tokens and the model's context is {limit}, which leaves "
+                                    "no room for an answer; shorten it")
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            for sample in range(options.samples):
+                number = {"sample": sample} if options.samples > 1 else {}
+                yield Job(row={"index": index, **row, **number}, ids=ids,
+                          seed=options.seed + index * options.samples + sample)
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompts are not valid UTF-8: {error}") from None
+
+
+def read_prompt(line: str, options: Options, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
+    """What the output repeats of a prompt, and its ids."""
+    data: dict[str, Any] = {"prompt": line}
+    if options.input == "jsonl" and not options.prompt:
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"not valid JSON: {error}") from None
+        if not isinstance(data, dict) or not ({"prompt", "messages", "conversations"} & data.keys()):
+            raise UserError('a line needs "prompt" or "messages"')
+        if "prompt" in data and not isinstance(data["prompt"], str):
+            raise UserError('"prompt" must be text')
+    if "prompt" in data and options.mode == "text":
+        begin = [tokenizer.specials[BOS]] if BOS in tokenizer.specials else []
+        return data, begin + tokenizer.encode(data["prompt"])
+    messages, tools = ([{"role": "user", "content": data["prompt"]}], None) if "prompt" in data else normalise(data)
+    if options.system and not any(m["role"] == "system" for m in messages):
+        messages = [{"role": "system", "content": options.system}, *messages]
+    thinking = {"on": True, "off": False, "auto": None}[options.think]
+    ids, _ = encode_chat(tokenizer, messages, tools=tools, generation_prompt=True, thinking=thinking)
+    return data, ids
