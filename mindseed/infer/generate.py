@@ -188,7 +188,8 @@ class Row:
 def begin(tokenizer: Tokenizer | None, prompts: list[list[int]], stop: Collection[str],
           stop_ids: Collection[int] | None, limit: int, max_new: int) -> list[Row]:
     if stop_ids is None:
-        stop_ids = [] if tokenizer is None else [id for s in (EOS, PAD) if (id := tokenizer.specials.get(s)) is not None]
+        known = {} if tokenizer is None else tokenizer.specials
+        stop_ids = [known[spelling] for spelling in (EOS, PAD) if spelling in known]
     return [Row(i, tokenizer, stop, frozenset(stop_ids), limit - len(p), max_new) for i, p in enumerate(prompts)]
 
 

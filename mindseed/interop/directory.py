@@ -63,7 +63,7 @@ class Loaded:
 def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info: dict[str, Any] | None = None,
                    dtype: torch.dtype | None = None, chat_template: str | None = JINJA,
                    sampling: dict[str, Any] = SAMPLING) -> Path:
-    """Write a model directory, wholly or not at all. `dtype` is that of the weights in the file, by default the model's.
+    """Write a model directory, wholly or not at all. `dtype` is that of the weights in the file [the model's].
 
     `info` (parent, data, seed, metrics: plain JSON) is kept in mindseed.json. `chat_template` and `sampling` go where
     others look for them; only a model trained with our own template is marked as such. UserError if the architecture
@@ -108,8 +108,8 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
     tokenizer = load_tokenizer(folder)
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
     if ours.get("tokenizer_hash", tokenizer.hash()) != tokenizer.hash():
-        raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer this model was trained with: its hash differs "
-                        "from the one in mindseed.json. Restore the file.")
+        raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer this model was trained with: its hash "
+                        "is not that in mindseed.json. Restore the file.")
     with torch.device("meta"):
         model = LM(config)
     stored = load_weights(model, folder, dtype, device)

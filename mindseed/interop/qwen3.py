@@ -60,7 +60,7 @@ def to_json(config: LMConfig, *, dtype: str, specials: dict[str, int | None]) ->
 
 
 def check_expressible(config: LMConfig) -> None:
-    """Raise UserError with the reasons why a Qwen3 cannot hold this architecture. Dropout is free: it has no weights."""
+    """Raise UserError with the reasons why a Qwen3 cannot hold this architecture. Dropout is free: no weights."""
     first, reasons = config.layers[0], []
     if any(layer != first for layer in config.layers):
         odd = next(i for i, layer in enumerate(config.layers) if layer != first)

@@ -16,9 +16,9 @@ from mindseed.recipes.machine import choose_device
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
     model: str = option("", help="the model directory", positional=True)
-    temperature: float | None = option(None, help="0: always the likeliest token; higher: more surprising [the model's]")
+    temperature: float | None = option(None, help="0: always the likeliest token; higher: bolder [the model's]")
     top_k: int | None = option(None, help="choose among the k likeliest tokens; 0: all [the model's]")
-    top_p: float | None = option(None, help="choose among the likeliest tokens with this much probability [the model's]")
+    top_p: float | None = option(None, help="choose among the likeliest with this much probability [the model's]")
     min_p: float | None = option(None, help="drop tokens less likely than this times the likeliest [the model's]")
     repetition_penalty: float | None = option(None, help="above 1: avoid tokens that occurred [the model's]")
     seed: int = option(0, help="the same seed gives the same answers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Literal, TextIO
@@ -25,7 +26,7 @@ from mindseed.interop.directory import Loaded
 from mindseed.recipes.answer import AnswerOptions, warn_of_foreign_chat
 from mindseed.tokenizers.chat import encode_chat, parse_answer
 
-OPENED = {True: "<think>\n", False: "<think>\n\n</think>\n\n", None: ""}     # what the prompt already says of the answer
+OPENED = {True: "<think>\n", False: "<think>\n\n</think>\n\n", None: ""}  # what the prompt already says of it
 THINKING = {"on": True, "off": False, "auto": None}
 COMMANDS = {
     "/help": "this list",
@@ -107,8 +108,8 @@ class Conversation:
             del self.messages[head:turns[1]]
             warn(f"the context of {limit} tokens is full; the oldest question and answer are forgotten")
         if len(ids) >= limit:
-            raise UserError(f"the question has {len(ids)} tokens with its chat markup and the model's context is {limit}, "
-                            "which leaves no room for an answer; shorten it")
+            raise UserError(f"the question has {len(ids)} tokens with its chat markup and the model's context is "
+                            f"{limit}, which leaves no room for an answer; shorten it")
         return ids
 
     def retry(self) -> str | None:
@@ -130,7 +131,7 @@ class Conversation:
         write_text(file, before + json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------- from a pipe
+# ---------------------------------------------------------------------------------------------------------- from a pipe
 
 def answer_lines(talk: Conversation, lines: TextIO, *, keep: bool) -> None:
     for line in lines:
@@ -142,8 +143,13 @@ def answer_lines(talk: Conversation, lines: TextIO, *, keep: bool) -> None:
 
 def show_plain(tokens: Iterator[Token]) -> None:
     for token in tokens:
-        print(token.text, end="", flush=True)
+        print(printable(token.text), end="", flush=True)
     print(flush=True)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, by which a model's answer could steer the terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 # -------------------------------------------------------------------------------------------------------- in a terminal
@@ -230,7 +236,7 @@ def show(tokens: Iterator[Token], out: Console, *, thinking: bool) -> None:
             since = since or time.perf_counter()              # reading the prompt does not count as writing
             count += 1
             thinking = (thinking or "<think>" in token.text) and token.text != "</think>"
-            out.print(Text(token.text, style="dim" if thinking or token.text == "</think>" else ""), end="",
+            out.print(Text(printable(token.text), style="dim" if thinking or token.text == "</think>" else ""), end="",
                       soft_wrap=True)
             reason = token.finish
     except KeyboardInterrupt:

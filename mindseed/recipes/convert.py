@@ -27,7 +27,7 @@ def main(options: Options) -> int:
     done = convert(options.source, options.target, dtype=options.dtype, overwrite=options.overwrite)
     table("tensors", ["here", "there", "shape", "layers"], summary(done.mapped))
     names = [str(dtype).removeprefix("torch.") for dtype in (done.before, done.after)]
-    say(f"{sum(1 for _ in done.mapped)} tensors, {' -> '.join(dict.fromkeys(names))}, written to {options.target}")
+    say(f"{len(done.mapped)} tensors, {' -> '.join(dict.fromkeys(names))}, written to {options.target}")
     if done.rounding:
         say(f"rounding moves logits by at most {done.rounding:.1e}")
     verdict = "equal" if done.good else "DIFFERENT: do not use the copy"
@@ -39,6 +39,7 @@ def summary(mapped: list[Mapped]) -> list[list[str]]:
     """One row per kind of tensor, layers counted."""
     rows: dict[tuple[str, ...], int] = {}
     for m in mapped:
-        key = (re.sub(r"\.\d+\.", ".{i}.", m.ours), re.sub(r"\.\d+\.", ".{i}.", m.theirs), " x ".join(map(str, m.shape)))
+        here, there = (re.sub(r"\.\d+\.", ".{i}.", name) for name in (m.ours, m.theirs))
+        key = (here, there, " x ".join(map(str, m.shape)))
         rows[key] = rows.get(key, 0) + 1
     return [[*key, str(count)] for key, count in rows.items()]

@@ -28,7 +28,7 @@ from mindseed.tokenizers.chat import encode_chat, normalise
 class Options(AnswerOptions):
     prompt: tuple[str, ...] = option((), help="prompts to answer instead of stdin")
     file: str | None = option(None, help="read prompts from this file instead of stdin")
-    input: Literal["text", "jsonl"] = option("text", help="a line is a prompt, or a JSON object with prompt or messages")
+    input: Literal["text", "jsonl"] = option("text", help="a line is a prompt, or JSON with prompt or messages")
     mode: Literal["chat", "text"] = option("chat", help="ask the prompt as a user's question, or continue it as text")
     system: str = option("", help="system prompt (chat mode)")
     think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes (chat mode)")
@@ -107,8 +107,8 @@ def jobs(lines: Iterator[tuple[str, str]], options: Options, tokenizer: Tokenize
             try:
                 row, ids = read_prompt(line, options, tokenizer)
                 if len(ids) >= limit:
-                    raise UserError(f"the prompt has {len(ids)} tokens and the model's context is {limit}, which leaves "
-                                    "no room for an answer; shorten it")
+                    raise UserError(f"the prompt has {len(ids)} tokens and the model's context is {limit}, which "
+                                    "leaves no room for an answer; shorten it")
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             for sample in range(options.samples):
