@@ -42,4 +42,4 @@ class SFT:
             total = (1 - self.label_smoothing) * nll + self.label_smoothing * ((lse - mean_logit) * weights).sum()
         if self.z_loss:
             total = total + self.z_loss * (lse.square() * weights).sum()
-        return total, {"nll": nll.detach()}
+        return total, {"nll": nll.detach()} if total is not nll else {}

@@ -102,7 +102,7 @@ class LoopOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    run: str = option("runs/train",
+    out: str = option("runs/train",
                       help="folder of the run: config, log, checkpoints, and the model directory at the end")
     resume: Resume = option("never", bare="newest",
                             help="newest: go on from the last checkpoint; auto: start, or go on")

@@ -1,7 +1,7 @@
 """Pretrain or fine-tune a model, from raw text or conversations to a model directory.
 
   mindseed train --data.train corpus.jsonl --depth 4                            from nothing
-  mindseed train --data.train chats.jsonl --model.start runs/base/model --run runs/chat     fine-tune
+  mindseed train --data.train chats.jsonl --model.start runs/base/model --out runs/chat     fine-tune
   mindseed train configs/real-cpu.toml --resume auto                            a preset; goes on where it stopped
   torchrun --nproc-per-node 2 -m mindseed train configs/real-cpu.toml           the same on two processes
 
@@ -75,7 +75,7 @@ def main(options: TrainOptions) -> int:
 
 def train(options: TrainOptions, device: torch.device) -> Path:
     """The whole run; returns the model directory. Raises Interrupted when it was asked to stop."""
-    run_folder = Path(options.run)
+    run_folder = Path(options.out)
     options = claim(options, run_folder)
     data = open_data(options, run_folder)
     model, info = open_model(options, data.tokenizer, device)
@@ -141,7 +141,7 @@ def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     if options.resume == "newest" and not before.exists():
         raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
     if options.resume == "never" and before.exists():
-        raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--run NAME)")
+        raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
     if before.exists() and options.loop.minutes is not None:
         loop = base_config.read_toml(before).get("loop", {})
         if isinstance(loop.get("steps"), int) and loop.get("minutes") == options.loop.minutes:
@@ -233,8 +233,8 @@ def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkp
         return None
     newest = checkpoints.newest()
     if newest is None:
-        if options.resume == "newest" and not (Path(options.run) / "config.toml").exists():
-            raise UserError(f"{options.run} holds no checkpoint; leave out --resume to start")
+        if options.resume == "newest" and not (Path(options.out) / "config.toml").exists():
+            raise UserError(f"{options.out} holds no checkpoint; leave out --resume to start")
         return None
     path, saved = newest
     restore(run, ema, saved)

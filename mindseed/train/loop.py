@@ -94,8 +94,12 @@ def run_hooks(plan: Fit, bar: StepBar, hooks: list[Hook]) -> dict[str, Any]:
     for hook in hooks:
         out |= hook.call(plan.run.step)
     model.train()
+    figures = [f"{key} {value:.4f}" for key, value in out.items() if isinstance(value, float)]
+    if figures:
+        bar.say(f"  step {plan.run.step}  {'  '.join(figures)}")
     for key, value in out.items():
-        bar.say(f"  step {plan.run.step}  {key}: {value:.4f}" if isinstance(value, float) else f"  {key}: {value}")
+        if isinstance(value, str):
+            bar.say(f"  {key}: {value}")
     return out
 
 

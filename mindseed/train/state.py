@@ -132,7 +132,7 @@ class Checkpoints:
         differences = compare(about["fingerprints"], self.fingerprints)
         if differences:
             raise Mismatch(f"{path} was written by another run:\n" + "\n".join(f"  {d}" for d in differences)
-                           + "\nGive the options of that run, or start a new one with another --run")
+                           + "\nGive the options of that run, or start a new one with another --out")
         return torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
 
 

@@ -1,0 +1,200 @@
+"""Whole runs from the command line: killed, resumed, on two ranks, with bad input. Slow for tests, so few of them."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mindseed.data.prepare import prepare
+from mindseed.data.toy import World
+from mindseed.tokenizers import bpe_train
+from mindseed.tokenizers.hf_json import save_tokenizer
+
+STEPS = 40
+TINY = ["--model.layers", "1", "--model.dim", "32", "--model.heads", "2", "--model.kv_heads", "1", "--model.head_dim", "16",
+        "--model.ffn_dim", "48", "--model.dropout", "0.1", "--data.seq_len", "128", "--loop.batch", "8",
+        "--loop.micro_batch", "2", "--loop.validate_every", "10", "--loop.sample_every", "0", "--loop.save_every", "5"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A tokenizer and two prepared folders, texts and conversations."""
+    folder = tmp_path_factory.mktemp("corpus")
+    world = World(3)
+    rows = {"texts": list(world.pretrain(400)), "chats": list(world.conversations(300))}
+    tokenizer = bpe_train.train((json.dumps(r, ensure_ascii=False) for some in rows.values() for r in some), vocab_size=400)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    for name, some in rows.items():
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in some), encoding="utf-8")
+        prepare([file], folder / name, tokenizer, heldout=0.05)
+    return folder
+
+
+def mindseed(*words: object, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "mindseed", *map(str, words)]
+
+
+def free_port() -> int:
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(corpus: Path, run: Path, *more: object, ranks: int = 1) -> list[str]:
+    return mindseed("train", "--out", run, "--data.train", corpus / "texts", corpus / "chats", "--data.weights", 0.7, 0.3,
+                    "--data.tokenizer", corpus / "tokenizer", "--loop.steps", STEPS, *TINY, *more, ranks=ranks)
+
+
+def finish(command: list[str], code: int = 0) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, f"{done.returncode}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def kill_after(command: list[str], run: Path, step: int, sig: int = signal.SIGKILL) -> int:
+    """Start a run and send it (and its workers) a signal once `step` is in its log; the exit code."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_for(lambda: process.poll() is not None or last_step(run) >= step)
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.killpg(process.pid, sig) if sig == signal.SIGKILL else process.send_signal(sig)
+        return process.wait(60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def last_step(run: Path) -> int:
+    log = run / "log.jsonl"
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def losses(run: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("bits_per_byte")) for r in rows]
+
+
+@pytest.mark.parametrize("kind,ranks", [("adamw", 1), ("muon", 1), ("muon", 2)])
+def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, kind, ranks):
+    more = ["--optim.kind", kind, "--loop.ema", 0.9]
+    finish(train(corpus, tmp_path / "whole", *more, ranks=ranks))
+    assert kill_after(train(corpus, tmp_path / "parts", *more, ranks=ranks), tmp_path / "parts", 20) != 0
+    assert not (tmp_path / "parts" / "model").exists()
+    said = finish(train(corpus, tmp_path / "parts", *more, "--resume", ranks=ranks))
+    assert "going on from" in said
+    assert [s for s, *_ in losses(tmp_path / "parts")] == list(range(STEPS + 1))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "parts" / "model" / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
+
+
+def test_sigterm_saves_and_says_how_to_go_on(corpus, tmp_path):
+    run = tmp_path / "run"
+    command = train(corpus, run, "--loop.save_every", 0)
+    assert kill_after(command, run, 7, signal.SIGTERM) == 130
+    saved = sorted((run / "checkpoints").glob("step-*"))
+    assert len(saved) == 1 and int(saved[0].name.split("-")[1]) == last_step(run) >= 7
+    finish([*command, "--resume", "auto"])
+    assert last_step(run) == STEPS
+
+
+def test_mistakes_of_a_run_are_two_lines(corpus, tmp_path):
+    run = tmp_path / "run"
+    finish(train(corpus, run, "--loop.steps", 4))
+    assert "already holds a run" in finish(train(corpus, run), 2)
+    for change, said in ((["--model.dim", 64], "model.dim: 32 then, 64 now"),
+                         (["--data.weights", 0.5, 0.5], "data.mixture")):
+        out = finish(train(corpus, run, "--resume", *change), 2)
+        assert said in out and "Give the options of that run" in out
+    assert "holds no run" in finish(train(corpus, tmp_path / "none", "--resume"), 2)
+    assert "heads=3" in finish(train(corpus, tmp_path / "bad", "--model.heads", 3, "--model.kv_heads", 2), 2)
+    assert "must be even" in finish(train(corpus, tmp_path / "bad", "--model.head_dim", 7), 2)
+    assert "another tokenizer" in finish(mindseed(
+        "train", "--out", tmp_path / "bad", "--data.train", corpus / "texts", "--data.tokenizer", other_tokenizer(tmp_path)), 2)
+
+
+def other_tokenizer(folder: Path) -> Path:
+    save_tokenizer(bpe_train.train(["other words entirely"], vocab_size=300), folder / "other")
+    return folder / "other"
+
+
+SAVING = """
+import sys, torch
+from pathlib import Path
+from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
+from mindseed.objectives.sft import SFT
+from mindseed.train.native import NativeBackend
+from mindseed.train.state import Checkpoints, restore
+from mindseed.train.step import Run, train_step
+from tests.tiny import Fixed, random_batch, tiny_model
+config = OptimConfig(kind="muon", lr=1e-2)
+model = tiny_model(dim=64, ffn_dim=512)
+backend = NativeBackend(model, SFT(), build_optimizers(parameter_groups(model, config), config))
+run = Run(Fixed([random_batch(2, 8)]), SFT(), backend, schedule=lambda step: 1e-2)
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=2, fingerprints={"model": 1})
+newest = checkpoints.newest()
+if newest:
+    restore(run, None, newest[1])
+print("at", run.step, flush=True)
+while len(sys.argv) < 3:
+    train_step(run)
+    checkpoints.save(run, None, score=1 / run.step)
+    print("saved", run.step, flush=True)
+"""
+
+
+def test_ten_kills_while_saving_lose_nothing(tmp_path):
+    """A process that does little but save is killed at random moments; what it said was saved is always there."""
+    rng, promised = random.Random(0), 0
+    folder = tmp_path / "checkpoints"
+    for _ in range(10):
+        process = subprocess.Popen([sys.executable, "-c", SAVING, str(folder)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert int(process.stdout.readline().split()[1]) >= promised
+            time.sleep(rng.uniform(0.02, 0.3))
+        finally:
+            process.kill()
+        for line in process.communicate()[0].splitlines():
+            promised = int(line.split()[1]) if line.startswith("saved") and len(line.split()) == 2 else promised
+    last = subprocess.run([sys.executable, "-c", SAVING, str(folder), "look"], capture_output=True, text=True)
+    assert int(last.stdout.split()[1]) >= promised > 10
+    assert len([p for p in folder.iterdir() if p.name.startswith("step-")]) <= 4
+
+
+@pytest.mark.parametrize("damage,said", [
+    (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is truncated"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-9] + b"123456789"), "is damaged"),
+    (lambda p: p.unlink(), "is missing")])
+def test_a_broken_checkpoint_is_passed_over(corpus, tmp_path, damage, said):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run(corpus, tmp_path.parent / "kept"), run)
+    newest, older = sorted((run / "checkpoints").glob("step-*"))[::-1][:2]
+    damage(newest / "trainer.pt")
+    out = finish(train(corpus, run, "--loop.steps", 12, "--resume"))
+    assert said in out and f"going back to {older.name}" in out
+
+
+def finished_run(corpus: Path, run: Path) -> Path:
+    if not run.exists():
+        finish(train(corpus, run, "--loop.steps", 12))
+    return run
