@@ -88,11 +88,22 @@ def arithmetic(facts: Facts, rng: random.Random, lang: str, held: bool = False) 
 
 
 def reading(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
+    """A passage about two people who are nowhere else, and a question about one of them."""
     told = passage(facts, rng, rng.choice((2, 2, 3)), held)
     item = ask(rng.choice(told), rng, lang)
     text = SPACE[lang].join(f.tell(lang, rng.choice((0, 0, 1, 2))) for f in told)
     return Item(family="reading", lang=lang, answer=item.answer, wrong=item.wrong,
                 question=words.ASK_PASSAGE[lang].format(text=text, question=item.question))
+
+
+def reading_on(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
+    """One passage, then every question that it answers, turn by turn."""
+    told = passage(facts, rng, rng.choice((2, 3, 3)))
+    text = SPACE[lang].join(f.tell(lang, rng.choice((0, 0, 1, 2))) for f in told)
+    turns = [ask(fact, rng, lang) for fact in rng.sample(told, len(told))]
+    messages = [m for item in turns for m in (*item.prompt(), *item.reply_messages())]
+    first = words.ASK_PASSAGE[lang].format(text=text, question=turns[0].question)
+    return [{"role": "user", "content": first}, *messages[1:]]
 
 
 def steps(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
@@ -127,9 +138,9 @@ def steps(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> It
     return Item(family="steps", lang=lang, question=question, think=chain.think(), answer=said[0], wrong=said[1])
 
 
-def tool(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
+def tool(facts: Facts, rng: random.Random, lang: str, held: bool = False, offered: tuple = ()) -> Item:
     """A question that needs one of the two tools on offer."""
-    offered = rng.sample(words.TOOLS, 2)
+    offered = offered or tuple(rng.sample(words.TOOLS, 2))
     chosen = rng.choice(offered)
     if chosen.name == "calculate":
         chain = facts.big_sum(rng, held=held)
@@ -143,11 +154,18 @@ def tool(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Ite
                 result=json.dumps({chosen.result: r}, ensure_ascii=False), reply=chosen.told[lang].format(x=x, r=r))
 
 
+def tool_session(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
+    """Two questions to the same two tools."""
+    offered = tuple(rng.sample(words.TOOLS, 2))
+    first, second = (tool(facts, rng, lang, offered=offered) for _ in range(2))
+    return [*first.prompt(), *first.reply_messages(), *second.prompt()[1:], *second.reply_messages()]
+
+
 def schema(t: words.ToolWords) -> dict:
     """The tool as chat templates show it."""
     return {"type": "function", "function": {
         "name": t.name, "description": t.description, "parameters": {
-            "type": "object", "properties": {t.argument: {"type": "string"}}, "required": [t.argument]}}}
+            "type": "object", "properties": {t.argument: {"type": "string"}}}}}
 
 
 def unknown(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
@@ -176,8 +194,8 @@ def follow_up(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
 
 
 # Shares of the rows of each kind
-CONVERSATIONS = ((known, 22), (translation, 18), (arithmetic, 16), (reading, 16), (steps, 13), (tool, 6), (unknown, 3),
-                 (follow_up, 6))
+CONVERSATIONS = ((known, 18), (translation, 15), (arithmetic, 18), (reading, 10), (reading_on, 12), (steps, 14),
+                 (tool, 1), (tool_session, 5), (unknown, 2), (follow_up, 4))
 PROBLEMS = ((known, 1), (translation, 1), (arithmetic, 1), (reading, 1), (steps, 1), (tool, 1))
 PREFERENCES = ((known, 2), (translation, 2), (arithmetic, 2), (reading, 2), (steps, 1), (unknown, 2))
 
@@ -189,8 +207,8 @@ def pick(kinds: tuple, rng: random.Random):
 def conversation(facts: Facts, rng: random.Random) -> dict:
     """{"conversations": [...]}: one question, or now and then two about different things."""
     maker, lang = pick(CONVERSATIONS, rng), rng.choice(words.LANGS)
-    if maker is follow_up:
-        return {"conversations": follow_up(facts, rng, lang)}
+    if maker in (follow_up, reading_on, tool_session):
+        return {"conversations": maker(facts, rng, lang)}
     item = maker(facts, rng, lang)
     messages = [*item.prompt(), *item.reply_messages()]
     if item.tools is None and rng.random() < 0.2:

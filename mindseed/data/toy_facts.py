@@ -4,7 +4,7 @@
 for the training side or the held-out side (`held`), and the two sides never meet.
 
     facts        the wordings in `Attribute.reserved`
-    told         20 facts of people: told in text, in both languages, never the subject of a question
+    told         all facts of five quiet people: told in text, in both languages and all wordings, never asked about
     arithmetic   unordered pairs of numbers up to 20, kept out of every sum in every kind of row
     translation  (adjective, noun) pairs, kept out of every sentence in both languages
     reading      invented names; tools use held-out names and held-out pairs of three-digit numbers
@@ -96,9 +96,8 @@ class Facts:
         self.truth = {(f.subject, f.attribute.name): f for f in self.facts}
 
         rng = self.rng("border")
-        order = rng.sample(self.people, len(self.people))
-        self.told_only = [self.truth[order[i], attribute.name]                     # 20 people keep one secret each
-                          for i, attribute in enumerate(attribute for attribute in words.OF_PEOPLE for _ in range(5))]
+        self.quiet = rng.sample(self.people, 5)
+        self.told_only = [f for f in self.facts if f.subject in self.quiet]
         self.asked = [f for f in self.facts if f not in self.told_only]
         pairs = [(a, b) for a in range(LARGEST + 1) for b in range(a, LARGEST + 1)]
         self.held_pairs = frozenset(rng.sample(pairs, len(pairs) // 9))
@@ -112,8 +111,8 @@ class Facts:
         known = {name for s in self.people + self.cities for name in s.names} | {c[1] for c in words.COUNTRIES}
         english = [(a + b).capitalize() for a, b in product(words.SYLLABLES, repeat=2) if a != b]
         chinese = [a + b for a, b in product(words.CHARACTERS, repeat=2) if a != b]
-        english = [n for n in rng.sample(english, 600) if not any(k.startswith(n) for k in known)][:400]
-        chinese = [n for n in rng.sample(chinese, 420) if n not in known][:400]
+        english = [n for n in rng.sample(english, 340) if not any(k.startswith(n) for k in known)][:300]
+        chinese = [n for n in rng.sample(chinese, 340) if n not in known][:300]
         for i, names in enumerate(zip(english, chinese)):
             self.names[i % 5 == 0].append(Subject(names, ("she", "he")[i % 2]))
 

@@ -146,9 +146,10 @@ TELL_HOP = {"en": "{n} lives in {v}.", "zh": "{n}住在{v}。"}
 UNKNOWN = {"en": "I do not know {n}.", "zh": "我不认识{n}。"}
 WHAT_ABOUT = {"en": "What about {n}?", "zh": "{n}呢？"}
 
-# Invented names: two syllables or two characters, so that copying one takes more than one token.
-SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
-CHARACTERS = "巴科拉迪尼塔鲁萨基莫卢佩古贝法甘哈朗诺托乌雅泽沃"
+# Invented names: two syllables or two characters, so that copying one takes more than one token; few parts,
+# so that every part is a token that training knows.
+SYLLABLES = tuple(c + v for c in "bdgklmnrtz" for v in "aio")
+CHARACTERS = "巴科拉迪尼塔鲁萨基莫佩古贝法甘哈朗托雅泽"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,11 @@ class ToyTask:
         return iter(self.items)
 
     def prompt(self, example: dict) -> list[dict]:
-        """The conversation up to the assistant's turn; render it together with `tools`."""
-        return normalise({"messages": example["messages"]})[0]
+        """The conversation up to the assistant's turn; tools on offer stand in its system message, as in the rows."""
+        return example["messages"]
 
     def tools(self, example: dict) -> list[dict] | None:
-        """The tools on offer, which the row's system message carries."""
+        """The tools on offer, parsed, for renderers that take them apart from the messages."""
         return normalise({"messages": example["messages"]})[1]
 
     def grade(self, example: dict, answer: str) -> dict[str, float]:
