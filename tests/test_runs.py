@@ -19,9 +19,9 @@ from mindseed.tokenizers import bpe_train
 from mindseed.tokenizers.hf_json import save_tokenizer
 
 STEPS = 40
-TINY = ["--model.layers", "1", "--model.dim", "32", "--model.heads", "2", "--model.kv_heads", "1", "--model.head_dim", "16",
-        "--model.ffn_dim", "48", "--model.dropout", "0.1", "--data.seq_len", "128", "--loop.batch", "8",
-        "--loop.micro_batch", "2", "--loop.validate_every", "10", "--loop.sample_every", "0", "--loop.save_every", "5"]
+TINY = """--model.layers 1 --model.dim 32 --model.heads 2 --model.kv_heads 1 --model.head_dim 16 --model.ffn_dim 48
+--model.dropout 0.1 --data.seq_len 128 --loop.batch 8 --loop.micro_batch 2 --loop.validate_every 10
+--loop.sample_every 0 --loop.save_every 5""".split()
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,8 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     world = World(3)
     rows = {"texts": list(world.pretrain(400)), "chats": list(world.conversations(300))}
-    tokenizer = bpe_train.train((json.dumps(r, ensure_ascii=False) for some in rows.values() for r in some), vocab_size=400)
+    texts = (json.dumps(row, ensure_ascii=False) for some in rows.values() for row in some)
+    tokenizer = bpe_train.train(texts, vocab_size=400)
     save_tokenizer(tokenizer, folder / "tokenizer")
     for name, some in rows.items():
         file = folder / f"{name}.jsonl"
@@ -52,8 +53,9 @@ def free_port() -> int:
 
 
 def train(corpus: Path, run: Path, *more: object, ranks: int = 1) -> list[str]:
-    return mindseed("train", "--out", run, "--data.train", corpus / "texts", corpus / "chats", "--data.weights", 0.7, 0.3,
-                    "--data.tokenizer", corpus / "tokenizer", "--loop.steps", STEPS, *TINY, *more, ranks=ranks)
+    return mindseed("train", "--out", run, "--data.train", corpus / "texts", corpus / "chats",
+                    "--data.weights", 0.7, 0.3, "--data.tokenizer", corpus / "tokenizer", "--loop.steps", STEPS,
+                    *TINY, *more, ranks=ranks)
 
 
 def finish(command: list[str], code: int = 0) -> str:
@@ -129,8 +131,8 @@ def test_mistakes_of_a_run_are_two_lines(corpus, tmp_path):
     assert "holds no run" in finish(train(corpus, tmp_path / "none", "--resume"), 2)
     assert "heads=3" in finish(train(corpus, tmp_path / "bad", "--model.heads", 3, "--model.kv_heads", 2), 2)
     assert "must be even" in finish(train(corpus, tmp_path / "bad", "--model.head_dim", 7), 2)
-    assert "another tokenizer" in finish(mindseed(
-        "train", "--out", tmp_path / "bad", "--data.train", corpus / "texts", "--data.tokenizer", other_tokenizer(tmp_path)), 2)
+    foreign = ["--data.train", corpus / "texts", "--data.tokenizer", other_tokenizer(tmp_path)]
+    assert "another tokenizer" in finish(mindseed("train", "--out", tmp_path / "bad", *foreign), 2)
 
 
 def other_tokenizer(folder: Path) -> Path:

@@ -89,7 +89,8 @@ def test_two_ranks_equal_one_on_the_union():
     want = steps(one, 3) + steps(streamed, 3)
     torch.testing.assert_close(torch.tensor(two), torch.tensor(want), rtol=1e-6, atol=1e-9)
     for got, run in ((weights, one), (streamed_weights, streamed)):
-        torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), flat(run.backend.model), rtol=1e-8, atol=1e-9)
+        got = torch.tensor(got, dtype=torch.float64)
+        torch.testing.assert_close(got, flat(run.backend.model), rtol=1e-8, atol=1e-9)
 
 
 def free_port() -> int:

@@ -93,8 +93,8 @@ def main(options: Options) -> int:
     table("held-out questions answered right, %", ["", *(s["name"] for s in demo.stages)],
           [[name, *values] for name, values in rows.items()])
     right = [a["question"] for a in demo.details["answers"] if a["family"] == "facts" and a["score"] == 1]
-    say(f"\nTalk to the model you have grown. It knows its small world only{', so ask it: ' + right[-1] if right else ''}"
-        f"\n\n    {command()} chat {demo.folder / 'fine-tune' / 'model'}\n")
+    hint = f", so ask it: {right[-1]}" if right else ""
+    say(f"\nTalk to the model you have grown. It knows its small world only{hint}\n\n    {command()} chat {demo.folder / 'fine-tune' / 'model'}\n")
     return 0
 
 
@@ -108,15 +108,14 @@ def grow(demo: Demo, device: torch.device) -> None:
         tokenizer = make_tokenizer(demo)
     judge = Judge(demo, tokenizer, device)
     if not demo.done("untrained"):
-        shape = PRESETS["toy"]
-        judge(build(shape.lm_config(vocab_size=tokenizer.vocab_size, seq_len=CONTEXT), seed=options.seed, device=device),
-              "untrained", 0.0)
-    for name, train_options in (("pretrain", pretraining(options, folder)), ("fine-tune", fine_tuning(options, folder))):
+        config = PRESETS["toy"].lm_config(vocab_size=tokenizer.vocab_size, seq_len=CONTEXT)
+        judge(build(config, seed=options.seed, device=device), "untrained", 0.0)
+    for name, options_of in (("pretrain", pretraining), ("fine-tune", fine_tuning)):
         if demo.done(name):
             continue
         say(f"\n--- {name}")
         start = time.monotonic()
-        directory = train_recipe.train(train_options, device)
+        directory = train_recipe.train(options_of(options, folder), device)
         judge(load_directory(directory, device=device).model, name, time.monotonic() - start)
 
 
@@ -166,7 +165,8 @@ class Judge:
         if seconds:
             demo.details["runs"][name] = f"{name}/log.jsonl"
         demo.save()
-        say(f"{name}: {scores['overall']:.1f}% of the held-out questions right, {bits:.3f} bits per byte of unseen text")
+        say(f"{name}: {scores['overall']:.1f}% of the held-out questions right, "
+            f"{bits:.3f} bits per byte of unseen text")
 
     def bits_per_byte(self, model: LM) -> float:
         """On the pretraining texts set apart; they are prepared here if the first stage has not done it yet."""
@@ -186,7 +186,8 @@ def make_tokenizer(demo: Demo) -> Tokenizer:
     if not folder.exists():
         paths = [world / "pretrain.jsonl", world / "conversations.jsonl"]
         with notes.status("training the tokenizer"):
-            made = bpe_train.train((text for row in read_rows(paths) for text in as_trained_on(row.row)), vocab_size=VOCAB)
+            texts = (text for row in read_rows(paths) for text in as_trained_on(row.row))
+            made = bpe_train.train(texts, vocab_size=VOCAB)
         save_tokenizer(made, folder, max_len=CONTEXT)
     tokenizer = load_tokenizer(folder)
     texts: dict[str, list[str]] = {"en": [], "zh": []}
@@ -221,6 +222,7 @@ def open_demo(options: Options) -> Demo:
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no demo; choose another folder with --out")
     demo.details |= {"machine": describe_machine(), "command": shlex.join(["mindseed", *sys.argv[1:]]),
+                     "program": command(),
                      "version": __version__, "commit": train_recipe.commit(), "options": to_dict(options)}
     demo.details.setdefault("timings", {})
     demo.details.setdefault("runs", {})

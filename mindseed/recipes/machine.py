@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device={name!r} is not a device; use cpu, cuda, cuda:0, mps or auto") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch finds no CUDA GPU here; use --device cpu, or install a CUDA build of torch")
+        raise UserError(f"device={name}: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch")
     if device.type == "cuda" and device.index is None and dist.launched():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device

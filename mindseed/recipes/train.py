@@ -96,7 +96,8 @@ def train(options: TrainOptions, device: torch.device) -> Path:
     run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device,
               accumulate=options.loop.batch // (options.loop.micro_batch * dist.world_size()))
     if options.loop.steps is None:
-        options = replace(options, loop=replace(options.loop, steps=steps_for_minutes(run, options.loop.minutes)))
+        options = replace(options, loop=replace(
+            options.loop, minutes=None, steps=steps_for_minutes(run, options.loop.minutes)))
     options = derive_intervals(options)
     run.schedule = learning_rate(options.schedule, peak=options.optim.lr, steps=options.loop.steps)
     ema = EMA(model, options.loop.ema) if options.loop.ema else None
@@ -143,9 +144,8 @@ def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     if options.resume == "never" and before.exists():
         raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
     if before.exists() and options.loop.minutes is not None:
-        loop = base_config.read_toml(before).get("loop", {})
-        if isinstance(loop.get("steps"), int) and loop.get("minutes") == options.loop.minutes:
-            options = replace(options, loop=replace(options.loop, minutes=None, steps=loop["steps"]))
+        steps = base_config.read_toml(before)["loop"]["steps"]
+        options = replace(options, loop=replace(options.loop, minutes=None, steps=steps))
     return options
 
 
@@ -296,8 +296,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     parts = data.rows.parts if isinstance(data.rows, Mixture) else [data.rows]
     for name, part in zip(data.names, parts):
         say(f"packing    {name}: {part.stats}")
-    say(f"batch      {loop.batch} rows of {options.data.seq_len} = {loop.batch * options.data.seq_len:,} tokens a step, "
-        f"in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
+    tokens = loop.batch * options.data.seq_len
+    say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],

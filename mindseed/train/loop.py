@@ -158,8 +158,8 @@ class Signals:
 
 
 def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
-    """How many steps fit into `minutes`, from timing a few that leave no trace: no update, stream and random state reset.
-    """
+    """How many steps fit into `minutes`, from timing a few that leave no trace: nothing is updated, and the stream and
+    the random state are put back."""
     stream, random = run.source.state_dict(), torch.get_rng_state()
     times = []
     for _ in range(trials + 1):
