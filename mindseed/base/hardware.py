@@ -110,6 +110,13 @@ def measured_peak(device: str, dtype: torch.dtype, *, seconds: float = 0.5) -> f
     return 2 * size**3 / best
 
 
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones; measured once per process."""
+    import torch
+    return measured_peak("cpu", torch.bfloat16, seconds=0.1) > measured_peak("cpu", torch.float32, seconds=0.1)
+
+
 def timed_matmul(a: torch.Tensor) -> float:
     """Seconds for a @ a."""
     import torch

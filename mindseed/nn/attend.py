@@ -32,7 +32,7 @@ class Layout:
     @staticmethod
     def training(positions: Tensor) -> Layout:
         """Rows of packed documents: a query sees earlier tokens of its own document."""
-        blocked = positions.device.type == "cpu" and torch.is_grad_enabled()
+        blocked = positions.device.type == "cpu"
         if not (positions[:, 1:] == 0).any():
             T = positions.shape[1]
             return Layout(positions, ranges=whole_ranges(T) if blocked else None)
@@ -45,13 +45,17 @@ class Layout:
         """New tokens after a cache: a query sees keys (B, S) that stand at or before it; NOWHERE hides a key. Position
         -1 is a pad, whose output means nothing."""
         T, S = positions.shape[1], key_positions.shape[1]
-        reach = positions.masked_fill(positions < 0, NOWHERE)                      # pads see all: never a row of no keys
+        reach = positions.masked_fill(positions < 0, NOWHERE)                     # pads see all: no row without keys
         visible = key_positions[:, None, :] <= reach[:, :, None]                  # (B, T, S)
         if T == 1 and bool(visible.all()):
             return Layout(positions)
         if T == S and torch.equal(positions, torch.arange(T, device=positions.device).expand_as(positions)):
             return Layout(positions)
         return Layout(positions, visible[:, None])
+
+    @property
+    def blocked(self) -> bool:
+        return self.ranges is not None
 
     def add_rotary(self, config: RopeConfig, head_dim: int, dtype: torch.dtype) -> None:
         """Make the tables of one kind of rotation, unless they are there."""
@@ -67,8 +71,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """
     B, T, H, K = q.shape
     G = k.shape[2]
-    if layout.ranges is not None:
-        return BlockedAttention.apply(q, k, v, layout.mask, layout.ranges)
+    if layout.blocked:
+        return in_blocks(q, k, v, layout)
     if T == 1:                                    # one query: the heads of a group are like T of one head, and share k
         y = F.scaled_dot_product_attention(
             q.view(B, G, H // G, K), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask)
@@ -77,6 +81,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask,
         is_causal=layout.mask is None, enable_gqa=H != G)
     return y.transpose(1, 2)
+
+
+@torch.compiler.disable                           # its loops follow the packing, which is another one in every batch
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    assert layout.ranges is not None
+    return BlockedAttention.apply(q, k, v, layout.mask, layout.ranges)
 
 
 def attend_oracle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

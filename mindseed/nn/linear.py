@@ -5,14 +5,13 @@
 """
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mindseed.base.hardware import measured_peak
+from mindseed.base.hardware import fast_bfloat16
 
 Role = Literal["column", "row", "replicated"]
 
@@ -41,12 +40,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if kind == "cpu" and dtype == torch.bfloat16 and not fast_bfloat16() else dtype
 
 
-@functools.cache
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones; measured once per process."""
-    return measured_peak("cpu", torch.bfloat16, seconds=0.1) > measured_peak("cpu", torch.float32, seconds=0.1)
-
-
 class WideProduct(torch.autograd.Function):
     """x W^T with x kept in autocast's dtype for the backward pass, and all three products in the dtype of W."""
 
@@ -65,17 +58,25 @@ class WideProduct(torch.autograd.Function):
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, (..., in_dim) -> (..., out_dim), the fast way round.
-
-    A handful of rows, as in decoding a batch, meets a slow spot of the CPU's matrix library: with 16 rows in float32
-    the same product written as (W x^T)^T takes half the time (bfloat16: nine tenths), below 8 and above 64 rows more.
-    """
-    if not torch.is_grad_enabled() and x.device.type == "cpu":
-        rows = x.numel() // x.shape[-1]
-        if 8 < rows < 64:
-            y = torch.mm(weight, x.reshape(rows, -1).t())                          # (out_dim, rows)
-            return y.t().contiguous().view(*x.shape[:-1], -1)
+    """x W^T, (..., in_dim) -> (..., out_dim), the fast way round."""
+    if wants_transposed(x):
+        return transposed_product(x, weight)
     if torch.is_autocast_enabled(x.device.type) and product_dtype(x) == weight.dtype:
         with torch.autocast(x.device.type, enabled=False):
             return WideProduct.apply(x, weight, torch.get_autocast_dtype(x.device.type))
     return F.linear(x, weight)
+
+
+def wants_transposed(x: Tensor) -> bool:
+    """Whether x has a handful of rows, as in decoding a batch: there the CPU's matrix library has a slow spot.
+
+    With 16 rows in float32, (W x^T)^T takes half the time of x W^T (bfloat16: nine tenths); below 8 and above 64 rows
+    it takes more.
+    """
+    return not torch.is_grad_enabled() and x.device.type == "cpu" and 8 < x.numel() // x.shape[-1] < 64
+
+
+def transposed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T computed as (W x^T)^T."""
+    y = torch.mm(weight, x.flatten(0, -2).t())                                     # (out_dim, rows)
+    return y.t().contiguous().view(*x.shape[:-1], -1)

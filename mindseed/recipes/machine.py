@@ -7,7 +7,7 @@ import torch
 
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.hardware import measured_peak
+from mindseed.base.hardware import fast_bfloat16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,5 +35,4 @@ def choose_precision(name: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if device.type != "cpu":
         return "fp32"
-    faster = measured_peak("cpu", torch.bfloat16) > 1.2 * measured_peak("cpu", torch.float32)
-    return "bf16" if dist.gather(faster)[0] else "fp32"
+    return "bf16" if dist.gather(fast_bfloat16())[0] else "fp32"
