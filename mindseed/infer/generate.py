@@ -17,6 +17,7 @@ from mindseed.base.errors import UserError
 from mindseed.core import Tokenizer
 from mindseed.infer.sample import Sampler, Sampling
 from mindseed.infer.state import Cache
+from mindseed.infer.step import decoding_step
 from mindseed.models.lm import LM
 from mindseed.nn.linear import project
 from mindseed.tokenizers.base import EOS, PAD, Stream
@@ -95,6 +96,7 @@ def stream(model: LM, tokenizer: Tokenizer | None, prompts: list[list[int]], *, 
     with evaluating(model):
         output = model(ids, at.masked_fill(at >= lengths[:, None], -1), cache)
         hidden = output.hidden[torch.arange(len(prompts), device=device), lengths - 1]          # (B, D)
+        step = decoding_step(model, cache)
         head, positions = output.head[:vocab], lengths[:, None]
         while True:
             logits = project(hidden, head)                                        # (B, V)
@@ -111,7 +113,7 @@ def stream(model: LM, tokenizer: Tokenizer | None, prompts: list[list[int]], *, 
                 chosen, positions = chosen[keep], positions[keep]
                 cache.keep(keep)
                 sampler.keep(going)
-            hidden = model(chosen[:, None], positions, cache).hidden[:, 0]
+            hidden = step(chosen, positions)                                      # (B, D)
             positions = positions + 1
 
 
