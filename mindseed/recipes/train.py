@@ -137,15 +137,19 @@ class Data:
 
 
 def claim(options: TrainOptions, folder: Path) -> TrainOptions:
-    """Refuse to write over another run. A run of a given duration keeps, on resuming, the steps it was given first."""
+    """Refuse to write over another run. What a run once measured (its precision, its steps) it keeps on resuming."""
     before = folder / "config.toml"
     if options.resume == "newest" and not before.exists():
         raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
     if options.resume == "never" and before.exists():
         raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
-    if before.exists() and options.loop.minutes is not None:
-        steps = base_config.read_toml(before)["loop"]["steps"]
-        options = replace(options, loop=replace(options.loop, minutes=None, steps=steps))
+    if before.exists():
+        saved, loop = base_config.read_toml(before)["loop"], options.loop
+        if loop.minutes is not None:
+            loop = replace(loop, minutes=None, steps=saved["steps"])
+        if loop.precision == "auto":
+            loop = replace(loop, precision=saved["precision"])
+        options = replace(options, loop=loop)
     return options
 
 
@@ -161,6 +165,10 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     dist.barrier()                                # rank 0 has written it all
     tokenizer = load_tokenizer(where)
     entries = [Prepared(folder, tokenizer=tokenizer) for folder in folders]
+    for entry in entries:
+        if entry.kind == "preference":
+            raise UserError(f"{entry.folder} holds preference pairs (chosen, rejected); this recipe trains on texts and "
+                            "conversations")
     names = [Path(entry).name.split(".")[0] or "data" for entry in given.train]
     if len(set(names)) < len(names):
         names = [f"{i}-{name}" for i, name in enumerate(names)]
@@ -208,9 +216,10 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
     if asked or options.depth is not None:
         raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
     loaded = load_directory(options.model.start, device=device)
-    if loaded.model.config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"{options.model.start} has a vocabulary of {loaded.model.config.vocab_size}, the tokenizer "
-                        f"{tokenizer.vocab_size}; use the model's own (leave out data.tokenizer)")
+    if loaded.tokenizer.hash() != tokenizer.hash():
+        raise UserError(f"{options.model.start} was trained with another tokenizer than {options.data.tokenizer} "
+                        f"({loaded.tokenizer.vocab_size} and {tokenizer.vocab_size} tokens); leave out data.tokenizer to "
+                        "use the model's own")
     config = replace(loaded.model.config, dropout=options.model.dropout,
                      seq_len=max(loaded.model.config.seq_len, options.data.seq_len))
     model = with_config(loaded.model, config)
