@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mindseed.base.errors import UserError
@@ -19,7 +20,7 @@ from mindseed.infer.sample import Sampler, Sampling
 from mindseed.infer.state import Cache
 from mindseed.infer.step import decoding_step
 from mindseed.models.lm import LM
-from mindseed.nn.linear import project
+from mindseed.nn.linear import transposed_product, wants_transposed
 from mindseed.tokenizers.base import EOS, PAD, Stream
 
 Finish = Literal["stop", "length", "context"]     # a stop id or string; max_new reached; no room left in the context
@@ -99,7 +100,8 @@ def stream(model: LM, tokenizer: Tokenizer | None, prompts: list[list[int]], *, 
         step = decoding_step(model, cache)
         head, positions = output.head[:vocab], lengths[:, None]
         while True:
-            logits = project(hidden, head)                                        # (B, V)
+            product = transposed_product if wants_transposed(hidden) else F.linear
+            logits = product(hidden, head)                                        # (B, V)
             chosen = sampler(logits)
             logp = logprobs(logits, chosen) if logps else [None] * len(rows)
             for row, id, value in zip(rows, chosen.tolist(), logp):

@@ -84,7 +84,7 @@ class Sampler:
         """The next ids (B,) for logits (B, V)."""
         if self.seen is not None:
             logits = penalised(logits, self.seen, self.sampling.repetition_penalty)
-        ids = logits.argmax(-1) if self.sampling.greedy else self.draw(logits)
+        ids = logits.max(-1).indices if self.sampling.greedy else self.draw(logits)
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
         return ids

@@ -72,7 +72,7 @@ class FlatStep:
         product = transposed_product if wants_transposed(x) else F.linear
         for c, memory, mixer_norm, qkv_weight, qk_norm, o, ffn_norm, gate, up, down in self.layers:
             H, G, K = c.heads, c.kv_heads, c.head_dim
-            qkv = product(mixer_norm(x).to(dtype), qkv_weight).view(B, H + 2 * G, K)
+            qkv = product(mixer_norm(x).to(dtype), qkv_weight).reshape(B, H + 2 * G, K)
             qk = qkv[:, :H + G]
             if qk_norm is not None:
                 qk = qk_norm(qk)
@@ -81,9 +81,9 @@ class FlatStep:
             k, v = memory.append(k=qk[:, None, H:], v=qkv[:, None, H + G:])       # (B, S, G, K)
             y = F.scaled_dot_product_attention(qk[:, :H].view(B, G, H // G, K), k.transpose(1, 2), v.transpose(1, 2),
                                                attn_mask=layout.mask)             # (B, G, H / G, K)
-            x = product(y.reshape(B, H * K), o).add_(x)
+            x.add_(product(y.reshape(B, H * K), o))
             h = ffn_norm(x).to(dtype)
-            x = product(F.silu(product(h, gate)).mul_(product(h, up)), down).add_(x)
+            x.add_(product(F.silu(product(h, gate)).mul_(product(h, up)), down))
         return self.last_norm(x).to(dtype)
 
 

@@ -60,7 +60,7 @@ class WideProduct(torch.autograd.Function):
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (..., in_dim) -> (..., out_dim), the fast way round."""
     if wants_transposed(x):
-        return transposed_product(x, weight)
+        return transposed_product(x.flatten(0, -2), weight).contiguous().view(*x.shape[:-1], -1)
     if torch.is_autocast_enabled(x.device.type) and product_dtype(x) == weight.dtype:
         with torch.autocast(x.device.type, enabled=False):
             return WideProduct.apply(x, weight, torch.get_autocast_dtype(x.device.type))
@@ -77,6 +77,5 @@ def wants_transposed(x: Tensor) -> bool:
 
 
 def transposed_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T computed as (W x^T)^T."""
-    y = torch.mm(weight, x.flatten(0, -2).t())                                     # (out_dim, rows)
-    return y.t().contiguous().view(*x.shape[:-1], -1)
+    """x W^T for x (rows, in_dim), computed as (W x^T)^T, so that columns are contiguous in the result."""
+    return torch.mm(weight, x.t()).t()                                            # (rows, out_dim)
