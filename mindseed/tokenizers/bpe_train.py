@@ -46,7 +46,7 @@ def train(texts: Iterable[str], *, vocab_size: int = 6400, specials: tuple[str, 
     """A byte-level BPE of `vocab_size` tokens in all: `specials`, the 256 bytes, and what was learnt.
 
     Pairs seen fewer than `min_count` times are not merged, so a small corpus yields a smaller vocabulary (see the
-    result's `vocab_size`). Memory grows with the number of distinct pieces, about 250 bytes for each.
+    result's `vocab_size`). Memory grows with the distinct pieces: 0.6 GB for 20 MB, half Chinese, half English.
     """
     room = vocab_size - len(specials) - 256
     if room < 0:
