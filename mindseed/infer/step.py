@@ -72,7 +72,7 @@ class FlatStep:
         product = transposed_product if wants_transposed(x) else F.linear
         for c, memory, mixer_norm, qkv_weight, qk_norm, o, ffn_norm, gate, up, down in self.layers:
             H, G, K = c.heads, c.kv_heads, c.head_dim
-            qkv = product(mixer_norm(x).to(dtype), qkv_weight).reshape(B, H + 2 * G, K)
+            qkv = product(mixer_norm(x).to(dtype), qkv_weight).contiguous().view(B, H + 2 * G, K)
             qk = qkv[:, :H + G]
             if qk_norm is not None:
                 qk = qk_norm(qk)
