@@ -122,6 +122,11 @@ class Output:
         """(B, T, V), in the dtype of the head's product; for decoding and for objectives that need them all."""
         return torch.nn.functional.linear(self.hidden, self.head)
 
+    def at(self, tokens: Tensor) -> Output:
+        """Only the tokens where the boolean (B, T) is True, as one row (1, n, D): no head is applied to the others."""
+        return replace(self, hidden=self.hidden[tokens][None], values=None if self.values is None else
+                       self.values[tokens][None])
+
     def logps(self, targets: Tensor) -> Tensor:
         """log p(targets), (B, T), in at least float32; recomputes the head in the backward pass."""
         return self.logps_and_lse(targets)[0]

@@ -200,3 +200,17 @@ def finished_run(corpus: Path, run: Path) -> Path:
     if not run.exists():
         finish(train(corpus, run, "--loop.steps", 12))
     return run
+
+
+def test_a_full_disk_loses_nothing(corpus, tmp_path):
+    """A limit on file size stands in for a full disk: the write fails half-way, as it would there."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run(corpus, tmp_path.parent / "kept"), run)
+    before = {p.name: (p / "trainer.pt").read_bytes() for p in (run / "checkpoints").glob("step-*")}
+    command = train(corpus, run, "--loop.steps", 16, "--resume")
+    out = finish(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command], 2)          # 100 KiB, less than a checkpoint
+    assert "could not write" in out and "What was there before is intact" in out
+    assert {p.name: (p / "trainer.pt").read_bytes() for p in (run / "checkpoints").glob("step-*")} == before
+    assert not list((run / "checkpoints").glob(".*tmp*"))
+    finish(command)
+    assert last_step(run) == 16

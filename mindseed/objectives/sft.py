@@ -32,13 +32,15 @@ class SFT:
         return batch.weights.sum()
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, lse = output.logps_and_lse(batch.targets)                          # (B, T) each
-        weights = batch.weights.to(logps.dtype)
+        counted = batch.weights != 0              # of a conversation often a fifth: the head is spared the rest
+        output = output.at(counted)
+        logps, lse = output.logps_and_lse(batch.targets[counted][None])           # (1, n) each
+        weights = batch.weights[counted].to(logps.dtype)
         nll = -(logps * weights).sum()
         total = nll
         if self.label_smoothing:
             # the mean over the vocabulary of -log p is lse minus the mean logit, which is hidden . mean row of the head
-            mean_logit = output.hidden.to(lse.dtype) @ output.head.to(lse.dtype).mean(0)          # (B, T)
+            mean_logit = output.hidden.to(lse.dtype) @ output.head.to(lse.dtype).mean(0)          # (1, n)
             total = (1 - self.label_smoothing) * nll + self.label_smoothing * ((lse - mean_logit) * weights).sum()
         if self.z_loss:
             total = total + self.z_loss * (lse.square() * weights).sum()

@@ -127,7 +127,8 @@ def pretraining(options: Options, folder: Path) -> TrainOptions:
                          seq_len=CONTEXT, heldout=0.02),
         optim=OptimConfig(lr=1e-2, weight_decay=0.05),
         schedule=ScheduleConfig(kind="wsd", warmup_steps=20, decay=0.2, final=0.3),
-        loop=LoopOptions(steps=scaled(360, options), batch=8, validate_documents=300, sample_every=0))
+        loop=LoopOptions(steps=scaled(360, options), batch=8, validate_documents=100, sample_every=0,
+                         validate_every=scaled(60, options)))
 
 
 def fine_tuning(options: Options, folder: Path) -> TrainOptions:
