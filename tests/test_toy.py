@@ -63,7 +63,7 @@ def test_bytes_are_known(tmp_path):
     digest = hashlib.sha256()
     for path in write_world(tmp_path, seed=0, scale=0.02).values():
         digest.update(path.read_bytes())
-    assert digest.hexdigest() == "ca8d369d234b8146529e47cbb05b47a43eae475205dd80013234b4cb62d352cd"
+    assert digest.hexdigest() == "76a08caff78f6fda1788d410380461713e088446c6268bb33c484ab7e6a8ffe4"
 
 
 def test_more_rows_only_append(world):
@@ -127,8 +127,7 @@ def test_heldout_couples_are_nowhere(world, corpus, heldout):
 
 def test_heldout_names_are_nowhere(world, corpus, heldout):
     english, chinese = zip(*(s.names for s in world.facts.names[True]))
-    assert not set(re.findall(r"[A-Z][a-z]+", corpus)) & set(english)
-    assert not [name for name in chinese if name in corpus]
+    assert not [name for name in english + chinese if name in corpus]
     for item in heldout:
         if item["family"] in ("reading", "tools") and not re.search(r"\d{3}", item["answer"]):
             assert any(name in item["question"] for name in english + chinese)
@@ -227,8 +226,8 @@ def test_both_languages_have_their_half(rows, heldout):
 def test_reference_answers_are_true(world, heldout):
     for item in heldout:
         if item["family"] == "arithmetic":
-            left, right = item["answer"].split(" = ")
-            a, sign, b = left.split()
+            left, right = item["answer"].split("=")
+            a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)", left).groups()
             assert int(right) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) and left in item["question"]
         if item["family"] in ("facts", "told"):
             assert item["answer"] in {f.tell(item["lang"]) for f in world.facts.facts}

@@ -84,7 +84,7 @@ def arithmetic(facts: Facts, rng: random.Random, lang: str, held: bool = False) 
     chain = facts.sum(rng, held=held)
     near = max(0, chain.values[-1] + rng.choice((-2, -1, 1, 2)))
     return Item(family="arithmetic", lang=lang, question=rng.choice(words.ASK_SUM[lang]).format(e=chain),
-                answer=chain.think(), wrong=f"{chain} = {near if near != chain.values[-1] else near + 1}")
+                answer=chain.think(), wrong=f"{chain}={near if near != chain.values[-1] else near + 1}")
 
 
 def reading(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
@@ -123,7 +123,7 @@ def steps(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> It
     near = result + rng.choice((1, 2))
     if kind == "chain":
         return Item(family="steps", lang=lang, question=rng.choice(words.ASK_SUM[lang]).format(e=chain),
-                    think=chain.think(), answer=f"{chain} = {result}", wrong=f"{chain} = {near}")
+                    think=chain.think(), answer=f"{chain}={result}", wrong=f"{chain}={near}")
     person, thing = rng.choice(facts.people), rng.choice(words.THINGS)[L[lang]]
     name = person.names[L[lang]]
     if lang == "en":
@@ -194,8 +194,8 @@ def follow_up(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
 
 
 # Shares of the rows of each kind
-CONVERSATIONS = ((known, 18), (translation, 15), (arithmetic, 18), (reading, 10), (reading_on, 12), (steps, 14),
-                 (tool, 1), (tool_session, 5), (unknown, 2), (follow_up, 4))
+CONVERSATIONS = ((known, 19), (translation, 18), (arithmetic, 17), (reading, 8), (reading_on, 10), (steps, 17),
+                 (tool, 1), (tool_session, 4), (unknown, 2), (follow_up, 4))
 PROBLEMS = ((known, 1), (translation, 1), (arithmetic, 1), (reading, 1), (steps, 1), (tool, 1))
 PREFERENCES = ((known, 2), (translation, 2), (arithmetic, 2), (reading, 2), (steps, 1), (unknown, 2))
 

@@ -63,7 +63,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Chain:
-    """start, then (sign, number) steps: 5 + 3 - 2."""
+    """start, then (sign, number) steps: 5+3-2. Written without spaces, which would cost a third more tokens."""
 
     start: int
     steps: tuple[tuple[str, int], ...]
@@ -77,11 +77,11 @@ class Chain:
         return out
 
     def __str__(self) -> str:
-        return " ".join([str(self.start), *(f"{sign} {n}" for sign, n in self.steps)])
+        return "".join([str(self.start), *(f"{sign}{n}" for sign, n in self.steps)])
 
     def think(self) -> str:
-        """One line per step: 5 + 3 = 8."""
-        return "\n".join(f"{a} {sign} {n} = {b}" for a, (sign, n), b in zip(self.values, self.steps, self.values[1:]))
+        """One line per step: 5+3=8."""
+        return "\n".join(f"{a}{sign}{n}={b}" for a, (sign, n), b in zip(self.values, self.steps, self.values[1:]))
 
 
 class Facts:
@@ -109,9 +109,9 @@ class Facts:
         self.hops = {True: held_hops, False: [s for s in hops if s not in held_hops]}
         self.names = {False: [], True: []}
         known = {name for s in self.people + self.cities for name in s.names} | {c[1] for c in words.COUNTRIES}
-        english = [(a + b).capitalize() for a, b in product(words.SYLLABLES, repeat=2) if a != b]
+        english = [f"{a} {b}" for a, b in product(words.FIRST_NAMES, words.LAST_NAMES)]
         chinese = [a + b for a, b in product(words.CHARACTERS, repeat=2) if a != b]
-        english = [n for n in rng.sample(english, 340) if not any(k.startswith(n) for k in known)][:300]
+        english = rng.sample(english, 300)
         chinese = [n for n in rng.sample(chinese, 340) if n not in known][:300]
         for i, names in enumerate(zip(english, chinese)):
             self.names[i % 5 == 0].append(Subject(names, ("she", "he")[i % 2]))
@@ -141,7 +141,7 @@ class Facts:
         return (min(a, b), max(a, b)) in self.held_pairs
 
     def sum(self, rng: random.Random, *, held: bool = False) -> Chain:
-        """a + b or a - b, with operands up to LARGEST and no negative result."""
+        """a+b or a-b, with operands up to LARGEST and no negative result."""
         while True:
             sign, a, b = rng.choice("+-"), rng.randint(0, LARGEST), rng.randint(0, LARGEST)
             if (sign == "+" or a >= b) and self.is_held(a, b) == held:

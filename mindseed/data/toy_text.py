@@ -59,19 +59,19 @@ def glossary(facts: Facts, rng: random.Random, lang: str) -> str:
 
 def sums(facts: Facts, rng: random.Random, lang: str) -> str:
     """Equations, drawn freely or as a ladder in which one number climbs; held-out pairs are left out of both."""
-    chains = [facts.sum(rng) for _ in range(7)]
+    chains = [facts.sum(rng) for _ in range(8)]
     if rng.random() < 0.4:
         sign, fixed = chains[0].steps[0][0], chains[0].start
         ladder = [n for n in range(LARGEST + 1) if not facts.is_held(fixed, n) and (sign == "+" or n <= fixed)]
         at = rng.randrange(len(ladder))
-        return "\n".join(f"{fixed} {sign} {n} = {fixed + n if sign == '+' else fixed - n}" for n in ladder[at:at + 7])
+        return "\n".join(f"{fixed}{sign}{n}={fixed + n if sign == '+' else fixed - n}" for n in ladder[at:at + 8])
     lines = []
     for chain in chains:
         (sign, b), = chain.steps
         word = {"en": {"+": "plus", "-": "minus"}, "zh": {"+": "加", "-": "减"}}[lang][sign]
         equals = " is " if lang == "en" else "等于"
         gap = SPACE[lang]
-        symbolic = rng.random() < 0.75
+        symbolic = rng.random() < 0.85
         lines.append(chain.think() if symbolic else f"{chain.start}{gap}{word}{gap}{b}{equals}{chain.values[-1]}")
     return "\n".join(lines)
 
@@ -128,8 +128,8 @@ def listing(facts: Facts, rng: random.Random, lang: str) -> str:
 
 
 # (maker, weight): the share of documents, not of tokens
-KINDS = ((portrait, 26), (gathering, 8), (company, 3), (both_ways, 8), (pairs, 13), (glossary, 3),
-         (sums, 14), (counting, 1), (story, 3), (strangers, 16), (listing, 5))
+KINDS = ((portrait, 24), (gathering, 8), (company, 3), (both_ways, 8), (pairs, 16), (glossary, 3),
+         (sums, 19), (counting, 1), (story, 3), (strangers, 12), (listing, 3))
 MAKERS, WEIGHTS = [maker for maker, _ in KINDS], [weight for _, weight in KINDS]
 
 

@@ -89,7 +89,7 @@ FOOD = Attribute(
            "zh": ("{n}喜欢吃什么？", "{n}最喜欢的食物是什么？", "{n}爱吃什么？", "告诉我{n}喜欢吃什么。",
                   "你知道{n}喜欢吃什么吗？")},
     reserved={"en": ("I want to know {p} favourite food.", "Which food does {n} like to eat?"),
-              "zh": ("我想知道{n}喜欢吃什么。", "{n}喜欢的食物是什么？")},
+              "zh": ("我想知道{n}喜欢吃什么。", "{n}爱吃什么食物？")},
     follow={"en": "And what is {p} favourite food?", "zh": "那么{n}喜欢吃什么？"})
 
 COUNTRY = Attribute(
@@ -137,8 +137,8 @@ THINGS: tuple[Word, ...] = (("apples", "个苹果"), ("books", "本书"), ("eggs
 ASK_TRANSLATION = {
     "en": ("Translate into Chinese: {s}", "Say this in Chinese: {s}", "What is this in Chinese? {s}"),
     "zh": ("翻译成英文：{s}", "用英文说：{s}", "这句话的英文是什么？{s}")}
-ASK_SUM = {"en": ("What is {e}?", "{e} = ?", "Compute {e}.", "How much is {e}?"),
-           "zh": ("{e}等于多少？", "{e} = ?", "请算{e}。", "{e}是多少？")}
+ASK_SUM = {"en": ("What is {e}?", "{e}=?", "Compute {e}.", "How much is {e}?"),
+           "zh": ("{e}等于多少？", "{e}=?", "请算{e}。", "{e}是多少？")}
 ASK_PASSAGE = {"en": "Read this: {text}\n{question}", "zh": "阅读：{text}\n{question}"}
 ASK_HOP = {"en": ("Which country does {n} live in?", "What is the country of {p} home?", "Tell me {p} country."),
            "zh": ("{n}住在哪个国家？", "{p}家在哪个国家？", "告诉我{n}住在哪个国家。")}
@@ -146,9 +146,12 @@ TELL_HOP = {"en": "{n} lives in {v}.", "zh": "{n}住在{v}。"}
 UNKNOWN = {"en": "I do not know {n}.", "zh": "我不认识{n}。"}
 WHAT_ABOUT = {"en": "What about {n}?", "zh": "{n}呢？"}
 
-# Invented names: two syllables or two characters, so that copying one takes more than one token; few parts,
-# so that every part is a token that training knows.
-SYLLABLES = tuple(c + v for c in "bdgklmnrtz" for v in "aio")
+# Invented names, of people or places: two parts, each of which training knows, in a pair that is new. Copying one
+# takes more than one token, in the right order.
+FIRST_NAMES = ("Bel", "Cor", "Dan", "Fen", "Gar", "Hal", "Jon", "Kim", "Lor", "Ned", "Pim", "Ras", "Sel", "Tor",
+               "Vin", "Wes")
+LAST_NAMES = ("Ash", "Bay", "Dun", "Elm", "Gil", "Hay", "Ivy", "Kay", "Lee", "Moe", "Nye", "Orr", "Poe", "Ray", "Sol",
+              "Tay", "Ulm", "Way", "Yew", "Zed")
 CHARACTERS = "巴科拉迪尼塔鲁萨基莫佩古贝法甘哈朗托雅泽"
 
 
@@ -179,6 +182,6 @@ TOOLS = (
                      "zh": ("{x}的电话是多少？", "找到{x}的电话。", "告诉我{x}的电话。")},
               told={"en": "The phone number of {x} is {r}.", "zh": "{x}的电话是{r}。"}),
     ToolWords(name="calculate", description="value of a sum", argument="sum", result="value",
-              asked=ASK_SUM, told={"en": "{x} = {r}", "zh": "{x} = {r}"}),
+              asked=ASK_SUM, told={"en": "{x}={r}", "zh": "{x}={r}"}),
 )
 WEATHER: tuple[Word, ...] = (("sunny", "晴天"), ("cloudy", "阴天"), ("rainy", "雨天"), ("cold", "冷天"))
