@@ -71,7 +71,7 @@ def main() -> None:
                      f"{ratio(times['ours'], times['theirs']):.2f}x"])
     report(NAME, f"BPE training: {VOCAB} tokens, pure Python against the Rust `tokenizers`",
            ["text", "ours, s", "Rust, s", "ours / Rust"], rows, command="python -m benchmarks.bpe_training",
-           notes=f"Text from {source}. Both learnt the same {len(merges['ours'])} merges in the same order at every size.")
+           notes=f"Text from {source}. Both learnt the same {len(merges['ours'])} merges in the same order.")
 
 
 if __name__ == "__main__":
