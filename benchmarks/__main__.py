@@ -15,7 +15,7 @@ def main() -> int:
         print(f"error: {unknown[0]!r} is not a benchmark; choose from {', '.join(ALL)}", file=sys.stderr)
         return 2
     for name in names:                            # a process each: threads, caches and memory start afresh
-        print(f"--- {name}: {(importlib.import_module(f'benchmarks.{name}').__doc__ or '').splitlines()[0]}", flush=True)
+        print("---", (importlib.import_module(f"benchmarks.{name}").__doc__ or name).splitlines()[0], flush=True)
         if code := subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode:
             return code
     return 0

@@ -1,6 +1,6 @@
 """Resident memory while a large file is prepared and its batches are gone through: it must not grow with the file.
 
-    python benchmarks/constant_memory.py --gb 2 --folder /tmp/constant-memory
+    python benchmarks/constant_memory.py --gb 2 --folder runs/constant-memory
 
 Generates a JSONL file of the size asked for (different text on every line, seeded), prepares it with worker processes
 and iterates over batches, each step in a process of its own, while this process samples the resident memory (RSS) of
@@ -99,7 +99,7 @@ def measure(name: str, command: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the generated file")
-    parser.add_argument("--folder", default="/tmp/constant-memory", help="where to work; needs thrice the size")
+    parser.add_argument("--folder", default="runs/constant-memory", help="where to work; needs thrice the size")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json; by default one token per byte")
     parser.add_argument("--command", default="", help="measure this command instead")
     options = parser.parse_args()

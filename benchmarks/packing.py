@@ -56,8 +56,8 @@ def main() -> None:
         speed = in_turn({how: lambda how=how: step(how) for how in streams}, 2 * ROUNDS)
     rows = [[how, f"{fill[how]:.1f}%", spread(speed[how])] for how in streams]
     rows.append(["ratio", "", f"{ratio(speed['best-fit'], speed['pad']):.2f}x"])
-    report(NAME, "Fine-tuning: packed conversations against padding to 512", ["packing", "filled", "useful tok/s"], rows,
-           command="python -m benchmarks.packing",
+    report(NAME, "Fine-tuning: packed conversations against padding to 512",
+           ["packing", "filled", "useful tok/s"], rows, command="python -m benchmarks.packing",
            notes=f"Target: 1.5x. The 26M preset, {ROWS} x {LENGTH}, {precision}, conversations of {source}, medians of "
                  f"{2 * ROUNDS} steps in turn.")
 

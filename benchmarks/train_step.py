@@ -40,8 +40,7 @@ def our_step(compiled: bool):
     model, optim = build(config).train(), OptimConfig(kind="adamw", lr=1e-3)
     backend = NativeBackend(model, SFT(), build_optimizers(parameter_groups(model, optim), optim), precision="bf16")
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     ids = batch()
     one = Batch(ids=ids[:, :-1], targets=ids[:, 1:], weights=torch.ones(ROWS, LENGTH),
                 positions=torch.arange(LENGTH).expand(ROWS, LENGTH))

@@ -173,13 +173,14 @@ def test_ten_kills_while_saving_lose_nothing(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", SAVING, str(folder)], stdout=subprocess.PIPE, text=True)
         try:
             assert int(process.stdout.readline().split()[1]) >= promised
-            time.sleep(rng.uniform(0.02, 0.3))
+            promised = int(process.stdout.readline().split()[1])          # one save, then the kill comes at any moment
+            time.sleep(rng.uniform(0.0, 0.2))
         finally:
             process.kill()
         for line in process.communicate()[0].splitlines():
             promised = int(line.split()[1]) if line.startswith("saved") and len(line.split()) == 2 else promised
     last = subprocess.run([sys.executable, "-c", SAVING, str(folder), "look"], capture_output=True, text=True)
-    assert int(last.stdout.split()[1]) >= promised > 10
+    assert int(last.stdout.split()[1]) >= promised >= 10
     assert len([p for p in folder.iterdir() if p.name.startswith("step-")]) <= 4
 
 
@@ -208,7 +209,7 @@ def test_a_full_disk_loses_nothing(corpus, tmp_path):
     shutil.copytree(finished_run(corpus, tmp_path.parent / "kept"), run)
     before = {p.name: (p / "trainer.pt").read_bytes() for p in (run / "checkpoints").glob("step-*")}
     command = train(corpus, run, "--loop.steps", 16, "--resume")
-    out = finish(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command], 2)          # 100 KiB, less than a checkpoint
+    out = finish(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command], 2)           # KiB: less than a checkpoint
     assert "could not write" in out and "What was there before is intact" in out
     assert {p.name: (p / "trainer.pt").read_bytes() for p in (run / "checkpoints").glob("step-*")} == before
     assert not list((run / "checkpoints").glob(".*tmp*"))

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mindseed.core import LayerState, Output, State, StateSpec
 from mindseed.models.config import LayerConfig, LMConfig
-from mindseed.nn.attend import Layout
+from mindseed.nn.attend import Kernel, Layout
+from mindseed.nn.blocked import BlockedAttention
 from mindseed.nn.ffn import FFNS
 from mindseed.nn.gqa import MIXERS
 from mindseed.nn.linear import Linear, product_dtype
@@ -52,6 +53,7 @@ class LM(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else Linear(config.dim, config.vocab_size, role="column")
         self.recompute = False
+        self.attention: Kernel = BlockedAttention.apply
         self.reset_parameters()
 
     def forward(self, ids: Tensor, positions: Tensor, state: State | None = None) -> Output:
@@ -68,11 +70,21 @@ class LM(nn.Module):
 
     def layout(self, positions: Tensor, state: State | None) -> Layout:
         """Masks and rotary tables for this batch, made once for all layers."""
-        layout = Layout.training(positions) if state is None else Layout.decoding(positions, state.begin(positions))
+        if state is None:
+            layout = Layout.training(positions, self.attention)
+        else:
+            layout = Layout.decoding(positions, state.begin(positions))
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
         for layer in self.config.layers:
             layout.add_rotary(layer.mixer.rope, layer.mixer.head_dim, dtype)
         return layout
+
+    def compile_blocks(self) -> None:
+        """torch.compile for every block. Attention in blocks of queries stays outside: its loops follow the packing,
+        which is another one in every batch and would be compiled anew each time."""
+        self.attention = torch.compiler.disable(BlockedAttention.apply)
+        for block in self.blocks:
+            block.compile()
 
     def state_specs(self) -> list[StateSpec]:
         """What every layer remembers while decoding."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 from mindseed.nn.blocked import BlockedAttention, key_ranges, whole_ranges
 from mindseed.nn.rope import RopeConfig, rope_tables
 
+Kernel = Callable[..., Tensor]
 NOWHERE = 1 << 40                    # the position of a cache slot that no query may see
 
 
@@ -28,17 +30,19 @@ class Layout:
     mask: Tensor | None = None
     rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     ranges: list[tuple[int, int, int]] | None = None        # which keys a block of queries needs, see blocked.py
+    kernel: Kernel = BlockedAttention.apply                 # what attends when there are ranges
 
     @staticmethod
-    def training(positions: Tensor) -> Layout:
+    def training(positions: Tensor, kernel: Kernel = BlockedAttention.apply) -> Layout:
         """Rows of packed documents: a query sees earlier tokens of its own document."""
         blocked = positions.device.type == "cpu"
         if not (positions[:, 1:] == 0).any():
             T = positions.shape[1]
-            return Layout(positions, ranges=whole_ranges(T) if blocked else None)
+            return Layout(positions, ranges=whole_ranges(T) if blocked else None, kernel=kernel)
         document = (positions == 0).cumsum(1)                                     # (B, T)
         same = document[:, :, None] == document[:, None, :]                       # (B, T, T)
-        return Layout(positions, same.tril_()[:, None], ranges=key_ranges(positions) if blocked else None)
+        ranges = key_ranges(positions) if blocked else None
+        return Layout(positions, same.tril_()[:, None], ranges=ranges, kernel=kernel)
 
     @staticmethod
     def decoding(positions: Tensor, key_positions: Tensor) -> Layout:
@@ -72,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     B, T, H, K = q.shape
     G = k.shape[2]
     if layout.blocked:
-        return in_blocks(q, k, v, layout)
+        return layout.kernel(q, k, v, layout.mask, layout.ranges)
     if T == 1:                                    # one query: the heads of a group are like T of one head, and share k
         y = F.scaled_dot_product_attention(
             q.view(B, G, H // G, K), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask)
@@ -81,12 +85,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=layout.mask,
         is_causal=layout.mask is None, enable_gqa=H != G)
     return y.transpose(1, 2)
-
-
-@torch.compiler.disable                           # its loops follow the packing, which is another one in every batch
-def in_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    assert layout.ranges is not None
-    return BlockedAttention.apply(q, k, v, layout.mask, layout.ranges)
 
 
 def attend_oracle(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

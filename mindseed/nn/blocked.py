@@ -46,17 +46,18 @@ class BlockedAttention(torch.autograd.Function):
         for i, stop, first in ranges:
             p = probabilities(qg, kg, mask, i, stop, first)                       # (B G, R, t, s)
             y[:, :, i:stop] = multiply(p, vg[:, 0, first:stop])
-        ctx.save_for_backward(q, k, v, y.to(q.dtype), mask)
+        out = from_groups(y, B).to(q.dtype).contiguous()      # the projection that follows keeps the same memory
+        ctx.save_for_backward(q, k, v, out, mask)
         ctx.ranges = ranges
-        return from_groups(y, B).to(q.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        q, k, v, y, mask = ctx.saved_tensors
+        q, k, v, out, mask = ctx.saved_tensors
         B, G, scale = q.shape[0], k.shape[2], 1 / math.sqrt(q.shape[-1])
         wide = torch.promote_types(q.dtype, torch.float32)
         qg, kg, vg, gg = (by_group(x, G, wide) for x in (q, k, v, g))
-        delta = (gg * y).sum(-1, keepdim=True)                                    # (B G, R, T, 1)
+        delta = (gg * by_group(out, G, wide)).sum(-1, keepdim=True)               # (B G, R, T, 1)
         dq, dk, dv = torch.empty_like(qg), torch.zeros_like(kg), torch.zeros_like(vg)
         for i, stop, first in ctx.ranges:
             p = probabilities(qg, kg, mask, i, stop, first)

@@ -60,15 +60,17 @@ def flops_per_token(config: LMConfig, seq_len: int, *, causal: bool = True, reco
     Packed rows of shorter documents cost less attention, so for them this is an upper bound.
     """
     keys = (seq_len + 1) / 2 if causal else seq_len
-    blocks = repeated = 0.0
+    blocks = repeated = scores = 0.0
     for layer in config.layers:
         matrices = (MIXER_PARAMS[type(layer.mixer)](config.dim, layer.mixer).active
                     + FFN_PARAMS[type(layer.ffn)](config.dim, layer.ffn).active)
-        block = 2 * matrices + ATTENTION_FLOPS[type(layer.mixer)](layer.mixer, keys)
+        attention = ATTENTION_FLOPS[type(layer.mixer)](layer.mixer, keys)
+        block = 2 * matrices + attention
+        scores += attention / 2                   # no kernel keeps them: the backward pass makes them again
         blocks += block
         repeated += block - LAST_PRODUCT[type(layer.ffn)](config.dim, layer.ffn)
     head = 2 * config.vocab_size * config.dim
-    return Flops(forward=blocks + head, backward=2 * (blocks + head), recompute=head + repeated * recompute)
+    return Flops(forward=blocks + head, backward=2 * (blocks + head), recompute=head + scores + repeated * recompute)
 
 
 def decode_flops(config: LMConfig, length: int) -> float:

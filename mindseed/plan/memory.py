@@ -28,7 +28,7 @@ def gqa_activations(dim: int, c: GQAConfig, a: int) -> int:
     return (dim * a                                          # input of the projections
             + unrotated
             + (q + 2 * kv) * a                               # rotated q and k, and v
-            + q * a + c.heads * WIDE)                        # attention's result, read by `o`, and its partition sums
+            + q * a)                                         # attention's result, read by `o`
 
 
 def swiglu_activations(dim: int, c: SwiGLUConfig, a: int) -> int:

@@ -94,7 +94,8 @@ def main(options: Options) -> int:
           [[name, *values] for name, values in rows.items()])
     right = [a["question"] for a in demo.details["answers"] if a["family"] == "facts" and a["score"] == 1]
     hint = f", so ask it: {right[-1]}" if right else ""
-    say(f"\nTalk to the model you have grown. It knows its small world only{hint}\n\n    {command()} chat {demo.folder / 'fine-tune' / 'model'}\n")
+    model = demo.folder / "fine-tune" / "model"
+    say(f"\nTalk to the model you have grown. It knows its small world only{hint}\n\n    {command()} chat {model}\n")
     return 0
 
 

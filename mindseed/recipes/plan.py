@@ -63,8 +63,8 @@ def main(options: Options) -> None:
     show_run(options, params, flops, steps=steps, speed=speed,
              machine=f"{world} x {device}, {units(top.flops, 'FLOP/s')} in {precision} ({top.source})")
     cache = cache_bytes_per_token(config)
-    say(f"\ndecoding   {bytes_text(cache)} of cache per token in bf16, {bytes_text(cache * config.seq_len)} for a context "
-        f"of {config.seq_len}; {bytes_text(2 * params.total)} of weights")
+    say(f"\ndecoding   {bytes_text(cache)} of cache per token in bf16, {bytes_text(cache * config.seq_len)} for a "
+        f"context of {config.seq_len}; {bytes_text(2 * params.total)} of weights")
 
 
 def model_config(options: TrainOptions) -> LMConfig:

@@ -69,7 +69,8 @@ def main(options: Options) -> None:
             workers = options.workers or os.cpu_count() or 1
             tokenizer = train(learn, vocab_size=options.vocab_size, workers=workers, progress=progress)
     save_tokenizer(tokenizer, options.out, chat_template=JINJA)
-    say(f"{options.out}: {options.kind}, {tokenizer.vocab_size} tokens, {len(tokenizer.specials)} of them special, from "
+    say(f"{options.out}: {options.kind}, {tokenizer.vocab_size} tokens, {len(tokenizer.specials)} of them special, from"
+        " "
         f"{len(learn):,} texts ({bytes_text(size(learn))}), {time.perf_counter() - start:.1f} s")
     if options.kind == "bpe" and tokenizer.vocab_size < options.vocab_size:
         warn(f"the text has too few repetitions for {options.vocab_size} tokens; give it more text, or a smaller "

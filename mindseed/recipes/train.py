@@ -91,8 +91,7 @@ def train(options: TrainOptions, device: torch.device) -> Path:
                             precision=options.loop.precision, max_norm=options.optim.max_norm)
     model.recompute = options.loop.recompute
     if options.loop.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device,
               accumulate=options.loop.batch // (options.loop.micro_batch * dist.world_size()))
     if options.loop.steps is None:
@@ -167,8 +166,8 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     entries = [Prepared(folder, tokenizer=tokenizer) for folder in folders]
     for entry in entries:
         if entry.kind == "preference":
-            raise UserError(f"{entry.folder} holds preference pairs (chosen, rejected); this recipe trains on texts and "
-                            "conversations")
+            raise UserError(f"{entry.folder} holds preference pairs (chosen, rejected); this recipe trains on texts "
+                            "and conversations")
     names = [Path(entry).name.split(".")[0] or "data" for entry in given.train]
     if len(set(names)) < len(names):
         names = [f"{i}-{name}" for i, name in enumerate(names)]
@@ -218,8 +217,8 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
     loaded = load_directory(options.model.start, device=device)
     if loaded.tokenizer.hash() != tokenizer.hash():
         raise UserError(f"{options.model.start} was trained with another tokenizer than {options.data.tokenizer} "
-                        f"({loaded.tokenizer.vocab_size} and {tokenizer.vocab_size} tokens); leave out data.tokenizer to "
-                        "use the model's own")
+                        f"({loaded.tokenizer.vocab_size} and {tokenizer.vocab_size} tokens); leave out data.tokenizer "
+                        "to use the model's own")
     config = replace(loaded.model.config, dropout=options.model.dropout,
                      seq_len=max(loaded.model.config.seq_len, options.data.seq_len))
     model = with_config(loaded.model, config)
@@ -306,7 +305,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     for name, part in zip(data.names, parts):
         say(f"packing    {name}: {part.stats}")
     tokens = loop.batch * options.data.seq_len
-    say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
+    say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, "
+        f"in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],

@@ -141,11 +141,11 @@ class Mismatch(UserError):
 
 
 def write_tensors(path: Path, value: Any) -> None:
-    """torch.save; its zip writer reports a full disk as a RuntimeError, which becomes the OSError it is."""
+    """torch.save; its zip writer tells of a full disk by one of several RuntimeErrors: made the OSError that it is."""
     try:
         torch.save(value, path)
     except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "write" in str(error).lower():
+        if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "write")):
             raise OSError(28, f"no space left on device, or the file cannot be written ({path.name})") from error
         raise
 
