@@ -348,7 +348,7 @@ def test_jsonl_survives_a_torn_line(tmp_path):
     again.write(2, {"loss": 1.5})
     again.close()
     rows = read_jsonl(path)
-    assert [r["step"] for r in rows] == [1, 2] and rows[0]["bad"] == "nan" and rows[0]["time"] <= time.time()
+    assert [r["step"] for r in rows] == [1, 2] and rows[0]["bad"] == "nan" and abs(rows[0]["time"] - time.time()) < 60
 
 
 def test_sinks_unknown_and_not_installed(tmp_path, monkeypatch):
