@@ -48,7 +48,7 @@ from mindseed.train.loop import Interrupted
 from mindseed.train.native import NativeBackend
 from mindseed.train.validate import evaluate
 
-VOCAB, CONTEXT = 1280, 384
+VOCAB, CONTEXT = 1216, 384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,8 @@ def pretraining(options: Options, folder: Path) -> TrainOptions:
                          seq_len=CONTEXT, heldout=0.02),
         optim=OptimConfig(lr=1e-2, weight_decay=0.05),
         schedule=ScheduleConfig(kind="wsd", warmup_steps=20, decay=0.2, final=0.3),
-        loop=LoopOptions(steps=scaled(360, options), batch=8, validate_documents=100, sample_every=0,
-                         validate_every=scaled(60, options)))
+        loop=LoopOptions(steps=scaled(250, options), batch=8, validate_documents=100, sample_every=0,
+                         validate_every=scaled(50, options)))
 
 
 def fine_tuning(options: Options, folder: Path) -> TrainOptions:
@@ -139,7 +139,7 @@ def fine_tuning(options: Options, folder: Path) -> TrainOptions:
         data=replace(base.data, train=(str(folder / "world" / "conversations.jsonl"),
                                        str(folder / "pretrain" / "data" / "0-pretrain")), weights=(0.8, 0.2)),
         schedule=ScheduleConfig(kind="linear", warmup_steps=20, final=0.02),
-        loop=replace(base.loop, steps=scaled(520, options)))
+        loop=replace(base.loop, steps=scaled(380, options)))
 
 
 def scaled(steps: int, options: Options) -> int:
