@@ -110,11 +110,19 @@ def measured_peak(device: str, dtype: torch.dtype, *, seconds: float = 0.5) -> f
     return 2 * size**3 / best
 
 
-@functools.cache
+FAST_BFLOAT16: list[bool] = []                               # the answer, once it is known
+
+
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones; measured once per process."""
-    import torch
-    return measured_peak("cpu", torch.bfloat16, seconds=0.1) > measured_peak("cpu", torch.float32, seconds=0.1)
+    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones; measured once per process.
+
+    Kept in a list and not by functools.cache, which torch.compile looks through: it would compile the measurement.
+    """
+    if not FAST_BFLOAT16:
+        import torch
+        FAST_BFLOAT16.append(measured_peak("cpu", torch.bfloat16, seconds=0.1)
+                             > measured_peak("cpu", torch.float32, seconds=0.1))
+    return FAST_BFLOAT16[0]
 
 
 def timed_matmul(a: torch.Tensor) -> float:

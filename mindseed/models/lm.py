@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mindseed.base.hardware import fast_bfloat16
 from mindseed.core import LayerState, Output, State, StateSpec
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.nn.attend import Kernel, Layout
@@ -82,6 +83,7 @@ class LM(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile for every block. Attention in blocks of queries stays outside: its loops follow the packing,
         which is another one in every batch and would be compiled anew each time."""
+        fast_bfloat16()                           # measured now, so that compiled code finds the answer
         self.attention = torch.compiler.disable(BlockedAttention.apply)
         for block in self.blocks:
             block.compile()
