@@ -5,7 +5,7 @@ replays it: within each piece that split.py cuts, the adjacent pair of lowest ra
 words end as one token, rare ones as several, and since the 256 bytes are tokens nothing is unknown.
 
 Neural machine translation of rare words with subword units (1508.07909); on bytes since GPT-2. `encode` is the
-readable form, `encode_batch` the same merges in the Rust `tokenizers`, some ten times faster; a test proves them equal.
+readable form, `encode_batch` the same merges in the Rust `tokenizers`, several times faster; a test proves them equal.
 """
 from __future__ import annotations
 
