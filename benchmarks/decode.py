@@ -19,7 +19,7 @@ from mindseed.models.presets import preset
 from mindseed.tokenizers.byte import Byte
 
 NAME = "decode"
-VOCAB, PROMPT, NEW = 6400, 32, 256
+VOCAB, PROMPT, NEW = 6400, 32, 128
 
 
 def main(rounds: int = 5) -> None:

@@ -305,6 +305,9 @@ def test_training_needs_an_answer_and_a_chat_needs_its_special_tokens():
     ('a\n<tool_call>\n{"name": "f"}\n</tool_call>', (None, "a", [{"name": "f", "arguments": {}}])),
     ("<tool_call>\n{broken\n</tool_call>", (None, "<tool_call>\n{broken\n</tool_call>", [])),
     ("<tool_call>[1]</tool_call>", (None, "<tool_call>[1]</tool_call>", [])),
+    ('<tool_call>\n{"name": "f", "arguments": {"x": "</tool_call>"}}\n</tool_call>.',
+     (None, ".", [{"name": "f", "arguments": {"x": "</tool_call>"}}])),
+    ('<tool_call>{"name": "f"} and </tool_call>', (None, '<tool_call>{"name": "f"} and </tool_call>', [])),
     ("", (None, "", [])),
 ])
 def test_answers_of_fallible_models_are_taken_apart(text, expected):

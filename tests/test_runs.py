@@ -96,7 +96,7 @@ def losses(run: Path) -> list[tuple]:
     return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("bits_per_byte")) for r in rows]
 
 
-@pytest.mark.parametrize("kind,ranks", [("adamw", 1), ("muon", 1), ("muon", 2)])
+@pytest.mark.parametrize("kind,ranks", [("adamw", 1), ("muon", 1), ("adamw", 2), ("muon", 2)])
 def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, kind, ranks):
     more = ["--optim.kind", kind, "--loop.ema", 0.9]
     finish(train(corpus, tmp_path / "whole", *more, ranks=ranks))

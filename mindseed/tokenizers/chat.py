@@ -276,7 +276,7 @@ def from_json(value: Any, what: str) -> Any:
         raise UserError(f"{what} is not valid JSON ({error})") from None
 
 
-CALL = re.compile(r"\n?<tool_call>(.*?)</tool_call>", re.DOTALL)
+CALL_START, CALL_END = re.compile(r"\n?<tool_call>\s*"), re.compile(r"\s*</tool_call>")
 
 
 def parse_answer(text: str) -> dict[str, Any]:
@@ -291,18 +291,25 @@ def parse_answer(text: str) -> dict[str, Any]:
     elif text.startswith("<think>") and "</think>" not in text:
         text += "</think>"
     reasoning, content = split_reasoning({"role": "assistant", "content": text})
-    calls: list[dict[str, Any]] = []
+    content, calls = take_calls(content)
+    return {"reasoning_content": reasoning, "content": content, "tool_calls": calls}
 
-    def take(match: re.Match[str]) -> str:
+
+def take_calls(content: str) -> tuple[str, list[dict[str, Any]]]:
+    """(content without its tool calls, the calls). The JSON is read first, so that an argument may hold </tool_call>."""
+    kept, calls, at = "", [], 0
+    for start in CALL_START.finditer(content):
+        if start.start() < at:                                                    # inside an argument of the last call
+            continue
         try:
-            call = json.loads(match[1])
-            call = {"name": call["name"], "arguments": call.get("arguments", {})}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return match[0]
-        calls.append(call)
-        return ""
-
-    return {"reasoning_content": reasoning, "content": CALL.sub(take, content), "tool_calls": calls}
+            call, stop = json.JSONDecoder().raw_decode(content, start.end())
+            end = CALL_END.match(content, stop)
+            calls += [{"name": call["name"], "arguments": call.get("arguments", {})}] if end else []
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            end = None
+        if end:
+            kept, at = kept + content[at:start.start()], end.end()
+    return kept + content[at:], calls
 
 
 # -------------------------------------------------------------------------------------------- the exported template

@@ -173,4 +173,4 @@ def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
     run.source.load_state_dict(stream)
     torch.set_rng_state(random)
     slowest = max(dist.gather(sorted(times[1:])[trials // 2]))
-    return max(1, int(60 * minutes / (slowest * 1.1)))          # a tenth for updates, validation and saving
+    return max(1, int(60 * minutes / (slowest * 1.25)))         # a quarter for updates, validation and saving
