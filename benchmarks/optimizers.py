@@ -28,8 +28,8 @@ from mindseed.train.step import Run, train_step
 from mindseed.train.validate import evaluate
 
 NAME = "optimizers"
-LENGTH, ROWS, STEPS, EVERY = 256, 16, 120, 5
-GRID = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3, 1.6e-2)}
+LENGTH, ROWS, STEPS, EVERY = 256, 16, 100, 10
+GRID = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (4e-3, 8e-3, 1.6e-2)}
 
 
 @dataclass
@@ -53,7 +53,7 @@ def train(kind: str, lr: float, seed: int, data, vocab_size: int, precision: str
     backend = NativeBackend(model, SFT(), build_optimizers(parameter_groups(model, optim), optim), precision=precision)
     source = RowSource(PackedRows(data.split("train"), seq_len=LENGTH, seed=seed), batch_size=ROWS)
     run = Run(source, SFT(), backend, schedule=learning_rate(ScheduleConfig(warmup_steps=10), peak=lr, steps=STEPS))
-    heldout = Evaluation(data.split("heldout"), seq_len=LENGTH, batch_size=ROWS, limit=60)
+    heldout = Evaluation(data.split("heldout"), seq_len=LENGTH, batch_size=ROWS, limit=24)
     losses, times = [], []
     for step in range(STEPS):
         start = time.perf_counter()

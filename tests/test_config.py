@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from mindseed import cli
 from mindseed.base.config import diff, from_dict, load_toml, option, parse, to_dict, to_toml
 from mindseed.base.errors import UserError
-from mindseed.base.hardware import PEAKS, describe_machine, listed_peak, measured_peak, total_memory
+from mindseed.base.hardware import (PEAKS, describe_machine, listed_peak, measured_peak, timed_matmul,
+                                     total_memory)
 from mindseed.base.log import (JsonlSink, StepBar, bytes_text, duration, extra, open_sinks, read_jsonl, si, step_line,
                                units)
 
@@ -394,3 +395,21 @@ def test_the_machine_is_described_and_measured():
     assert machine["cores"] >= 1 and machine["torch"] == torch.__version__ and machine["memory_gb"] > 0.1
     assert 1e8 < measured_peak("cpu", torch.float32, seconds=0.01) < 1e15
     assert total_memory("cpu") > 1e8
+
+
+def test_a_peak_is_that_of_the_dtype_asked_for_even_inside_autocast():
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mm.default:
+                seen.append(result.dtype)
+            return result
+
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        timed_matmul(torch.ones(4, 4))
+        torch.ones(4, 4) @ torch.ones(4, 4)
+    assert seen == [torch.float32, torch.bfloat16]

@@ -126,14 +126,15 @@ def fast_bfloat16() -> bool:
 
 
 def timed_matmul(a: torch.Tensor) -> float:
-    """Seconds for a @ a."""
+    """Seconds for a @ a, in the dtype of a: whoever asks may be inside autocast, which would change it."""
     import torch
     wait = torch.cuda.synchronize if a.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
-    a @ a
-    wait()
-    return time.perf_counter() - start
+    with torch.autocast(a.device.type, enabled=False), torch.no_grad():
+        wait()
+        start = time.perf_counter()
+        a @ a
+        wait()
+        return time.perf_counter() - start
 
 
 def total_memory(device: torch.device | str) -> int:

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from mindseed.nn.linear import scratch
+
 BLOCK = 64                                    # queries per block
 
 
@@ -41,12 +43,12 @@ class BlockedAttention(torch.autograd.Function):
         B, T, H, K = q.shape
         G = k.shape[2]
         wide = torch.promote_types(q.dtype, torch.float32)
-        qg, kg, vg = by_group(q, G, wide), by_group(k, G, wide), by_group(v, G, wide)
-        y = torch.empty_like(qg)                                                  # (B G, R, T, K)
+        qg, kg, vg = (by_group(x, G, wide, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+        y = scratch("y", qg.shape, wide)                                          # (B G, R, T, K)
         for i, stop, first in ranges:
             p = probabilities(qg, kg, mask, i, stop, first)                       # (B G, R, t, s)
             y[:, :, i:stop] = multiply(p, vg[:, 0, first:stop])
-        out = from_groups(y, B).to(q.dtype).contiguous()      # the projection that follows keeps the same memory
+        out = q.new_empty(q.shape).copy_(from_groups(y, B))     # the projection that follows keeps the same memory
         ctx.save_for_backward(q, k, v, out, mask)
         ctx.ranges = ranges
         return out
@@ -56,9 +58,11 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v, out, mask = ctx.saved_tensors
         B, G, scale = q.shape[0], k.shape[2], 1 / math.sqrt(q.shape[-1])
         wide = torch.promote_types(q.dtype, torch.float32)
-        qg, kg, vg, gg = (by_group(x, G, wide) for x in (q, k, v, g))
-        delta = (gg * by_group(out, G, wide)).sum(-1, keepdim=True)               # (B G, R, T, 1)
-        dq, dk, dv = torch.empty_like(qg), torch.zeros_like(kg), torch.zeros_like(vg)
+        qg, kg, vg, gg = (by_group(x, G, wide, name) for x, name in ((q, "q"), (k, "k"), (v, "v"), (g, "g")))
+        delta = by_group(out, G, wide, "y").mul_(gg).sum(-1, keepdim=True)        # (B G, R, T, 1)
+        dq, dk, dv = (scratch(f"d{name}", x.shape, wide) for x, name in ((qg, "q"), (kg, "k"), (vg, "v")))
+        dk.zero_()
+        dv.zero_()
         for i, stop, first in ctx.ranges:
             p = probabilities(qg, kg, mask, i, stop, first)
             gi = gg[:, :, i:stop]
@@ -66,7 +70,7 @@ class BlockedAttention(torch.autograd.Function):
             ds = multiply(gi, vg[:, 0, first:stop].mT).sub_(delta[:, :, i:stop]).mul_(p).mul_(scale)
             dq[:, :, i:stop] = multiply(ds, kg[:, 0, first:stop])
             dk[:, 0, first:stop] += gather(ds, qg[:, :, i:stop])
-        dq, dk, dv = (from_groups(x, B).to(q.dtype) for x in (dq, dk, dv))
+        dq, dk, dv = (x.new_empty(x.shape).copy_(from_groups(dx, B)) for x, dx in ((q, dq), (k, dk), (v, dv)))
         return dq, dk, dv, None, None
 
 
@@ -92,10 +96,12 @@ def gather(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(1, 2).mT, b.flatten(1, 2))
 
 
-def by_group(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """(B, T, H, K) -> (B G, H / G, T, K), contiguous."""
+def by_group(x: Tensor, groups: int, dtype: torch.dtype, name: str) -> Tensor:
+    """(B, T, H, K) -> (B G, H / G, T, K), contiguous, in the buffer of that name."""
     B, T, H, K = x.shape
-    return x.to(dtype).view(B, T, groups, H // groups, K).permute(0, 2, 3, 1, 4).reshape(B * groups, H // groups, T, K)
+    grouped = scratch(name, (B, groups, H // groups, T, K), dtype)
+    grouped.copy_(x.view(B, T, groups, H // groups, K).permute(0, 2, 3, 1, 4))
+    return grouped.flatten(0, 1)
 
 
 def from_groups(x: Tensor, batch: int) -> Tensor:

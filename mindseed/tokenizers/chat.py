@@ -296,10 +296,10 @@ def parse_answer(text: str) -> dict[str, Any]:
 
 
 def take_calls(content: str) -> tuple[str, list[dict[str, Any]]]:
-    """(content without its tool calls, the calls). The JSON is read first, so that an argument may hold </tool_call>."""
+    """(content without its tool calls, the calls). The JSON is read first: an argument may hold </tool_call>."""
     kept, calls, at = "", [], 0
     for start in CALL_START.finditer(content):
-        if start.start() < at:                                                    # inside an argument of the last call
+        if start.start() < at:                    # inside an argument of the last call
             continue
         try:
             call, stop = json.JSONDecoder().raw_decode(content, start.end())
