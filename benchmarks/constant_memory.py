@@ -2,10 +2,11 @@
 
     python benchmarks/constant_memory.py --gb 2 --folder runs/constant-memory
 
-Generates a JSONL file of the size asked for (different text on every line, seeded), prepares it with worker processes
-and iterates over batches, each step in a process of its own, while this process samples the resident memory (RSS) of
-that process and all its children ten times a second. RSS counts shared pages once for every process, so the sum is an
-upper bound. `--command "mindseed train ..."` measures any other command the same way.
+Generates a JSONL file of the size asked for (different text on every line, seeded), prepares it with worker processes,
+iterates over all batches, and trains a toy model on it for 30 steps, each in a process of its own, while this process
+samples the resident memory (RSS) of that process and all its children ten times a second. RSS counts shared pages once
+for every process, so the sum is an upper bound. `--command "mindseed train ..."` measures any other command the same
+way.
 """
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ if __name__ == "__main__":
 """
 ITERATE = """
 import sys
-from mindseed.data.loader import PackedSource
+from mindseed.data.loader import PackedRows, RowSource
 from mindseed.data.prefetch import Prefetch
 from mindseed.data.shards import Prepared
 if __name__ == "__main__":
-    source = PackedSource(Prepared(sys.argv[1]).split("train"), seq_len=512, batch_size=64)
+    source = RowSource(PackedRows(Prepared(sys.argv[1]).split("train"), seq_len=512), batch_size=64)
     print(source.rows.stats, flush=True)
     ahead, tokens = Prefetch(source), 0
     while ahead.state_dict()["rows_seen"] < len(source.rows):
@@ -113,7 +114,10 @@ def main() -> None:
         generate(file, int(options.gb * 1e9))
     print(f"{file}: {file.stat().st_size / 1e9:.2f} GB", flush=True)
     peaks = [measure("prepare", [sys.executable, "-c", PREPARE, str(file), str(out), options.tokenizer]),
-             measure("iterate", [sys.executable, "-c", ITERATE, str(out)])]
+             measure("iterate", [sys.executable, "-c", ITERATE, str(out)]),
+             measure("train", [sys.executable, "-m", "mindseed", "train", "--data.train", str(out), "--out",
+                               str(folder / "run"), "--loop.steps", "30", "--loop.batch", "4",
+                               "--loop.validate_documents", "50"])]
     sys.exit("over 1 GB" if max(peaks) > 1e9 else 0)
 
 

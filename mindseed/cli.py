@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                       # `mindseed generate | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:                      # a place that cannot be read or written; never of our own making
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; choose another place, or mend its rights", file=sys.stderr)
+        return 2
     except Exception as error:
         if not out_of_memory(error):
             raise

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mindseed import cli
 from mindseed.base.config import diff, from_dict, load_toml, option, parse, to_dict, to_toml
 from mindseed.base.errors import UserError
+from mindseed.base.files import atomic, write_text
 from mindseed.base.hardware import (PEAKS, describe_machine, listed_peak, measured_peak, timed_matmul,
                                      total_memory)
 from mindseed.base.log import (JsonlSink, StepBar, bytes_text, duration, extra, open_sinks, read_jsonl, si, step_line,
@@ -413,3 +414,29 @@ def test_a_peak_is_that_of_the_dtype_asked_for_even_inside_autocast():
         timed_matmul(torch.ones(4, 4))
         torch.ones(4, 4) @ torch.ones(4, 4)
     assert seen == [torch.float32, torch.bfloat16]
+
+
+# ---------------------------------------------------------------------------------------------------- places to write
+
+def test_a_folder_is_never_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis").write_text("x")
+    with pytest.raises(UserError, match="precious is a folder and would be replaced by a file"):
+        write_text(tmp_path / "precious", "y")
+    assert (tmp_path / "precious" / "thesis").read_text() == "x"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file is a file and would be replaced by a folder"), \
+            atomic(tmp_path / "file") as temp:
+        temp.mkdir()
+    assert (tmp_path / "file").read_text() == "x" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "--data.train", "FILE", "--out", "FILE/run", "--loop.steps", "1"], ["demo", "--out", "FILE"],
+    ["convert", "FILE/model", "FILE/copy"], ["train", "--data.train", "FILE", "--out", "/proc/nowhere/run"]])
+def test_places_that_cannot_be_are_two_lines(tmp_path, capsys, words):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    capsys.readouterr()
+    code = cli.main([word.replace("FILE", str(tmp_path / "text.jsonl")) for word in words])
+    error = capsys.readouterr().err
+    assert code == 2 and "error: " in error and "Traceback" not in error

@@ -146,7 +146,7 @@ def test_a_second_call_does_nothing_and_other_inputs_are_refused(tmp_path, monke
     with pytest.raises(UserError, match="tokenizer_hash was .* vocab_size was 292, is 259"):
         prepare(file, out, other)
     write(file, [story(1)])
-    with pytest.raises(UserError, match=r"files no longer there: .*a\.jsonl; new or changed files: .*a\.jsonl"):
+    with pytest.raises(UserError, match=r"changed since: .*a\.jsonl\. Choose"):
         prepare(file, out, TOKENIZER)
     assert len(prepare(file, out, TOKENIZER, overwrite=True, heldout=0).split("train")) == 1
     (tmp_path / "mine").mkdir()

@@ -134,7 +134,7 @@ def test_long_conversations_are_cut_and_counted_and_dropped_if_nothing_is_learne
     assert (packed.stats.cut, packed.stats.dropped, packed.stats.pieces) == (1, 1, 1)
     assert sorted(packed.segments.tolist()) == [[0, 0, 8], [2, 0, 8], [2, 8, 8], [2, 16, 3]]
     assert "1 long conversations cut, 1 dropped" in str(packed.stats)
-    with pytest.raises(UserError, match="raise seq_len"):
+    with pytest.raises(UserError, match="raise data.seq_len"):
         plan(MemoryDocuments([(range(20), learned_late)]), 8)
 
 

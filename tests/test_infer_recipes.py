@@ -175,6 +175,14 @@ def test_generate_names_the_line(folder, capsys, monkeypatch, stdin, words):
     assert code == 2 and all(word in err for word in words)
 
 
+def test_one_bad_line_does_not_cost_the_others_their_answers(folder, capsys, monkeypatch):
+    stdin = "hi\n" + "x" * 400 + "\nyou\n"
+    code, out, err = run(capsys, monkeypatch, "generate", folder, "--max-new", "3", stdin=stdin)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 2 and "1 of 3 prompts" in err and [row["index"] for row in rows] == [0, 1, 2]
+    assert "text" in rows[0] and "text" in rows[2] and "context is 160" in rows[1]["error"]
+
+
 def test_foreign_chat_format_warns(folder, capsys, monkeypatch, tmp_path):
     loaded = load_directory(folder)
     save_directory(loaded.model, loaded.tokenizer, tmp_path / "m", chat_template="{{ messages }}")

@@ -120,6 +120,21 @@ def test_sigterm_saves_and_says_how_to_go_on(corpus, tmp_path):
     assert last_step(run) == STEPS
 
 
+def test_a_finished_run_is_left_as_it_is(corpus, tmp_path):
+    finish(train(corpus, tmp_path / "run", "--loop.steps", 2))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    said = finish(train(corpus, tmp_path / "run", "--loop.steps", 2, "--optim.lr", 0.9, "--resume"))
+    assert "nothing is left to do" in said
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_a_prepared_folder_brings_its_tokenizer(corpus, tmp_path):
+    command = mindseed("train", "--out", tmp_path / "run", "--data.train", corpus / "texts", "--loop.steps", 2, *TINY)
+    finish(command)
+    assert (tmp_path / "run" / "model" / "tokenizer.json").read_bytes() \
+        == (corpus / "texts" / "tokenizer" / "tokenizer.json").read_bytes()
+
+
 def test_mistakes_of_a_run_are_two_lines(corpus, tmp_path):
     run = tmp_path / "run"
     finish(train(corpus, run, "--loop.steps", 4))

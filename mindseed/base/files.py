@@ -16,14 +16,18 @@ from mindseed.base.errors import UserError
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it there when the block ends well, remove it when it does not.
 
-    Works for a file or a folder. A folder that is replaced is moved aside first, so that at every moment either the
-    old or the new one can be found (see `recover`). A full disk becomes a UserError.
+    Works for a file or a folder, but never replaces one by the other. A folder that is replaced is moved aside first,
+    so that at every moment either the old or the new one can be found (see `recover`). A full disk becomes a UserError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temp
+        if path.exists() and path.is_dir() != temp.is_dir():
+            kinds = ("a file", "a folder")
+            raise UserError(f"{path} is {kinds[path.is_dir()]} and would be replaced by {kinds[temp.is_dir()]}; choose "
+                            "another place")
         sync(temp)
         if path.is_dir():
             old = path.with_name(f".{path.name}.old")
@@ -42,6 +46,16 @@ def atomic(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(temp, ignore_errors=True)
         else:
             temp.unlink(missing_ok=True)
+
+
+def make_folder(path: Path | str) -> Path:
+    """The folder, made with all above it if need be. UserError where that is impossible."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another place") from None
+    return path
 
 
 def recover(path: Path | str) -> Path:

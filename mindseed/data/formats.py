@@ -76,7 +76,7 @@ def parse(path: Path, payload: Any) -> dict[str, Any]:
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRow(f"invalid UTF-8 at byte {error.start}") from None
+        raise BadRow(f"invalid UTF-8 at byte {error.start} (Chinese in GBK? iconv -f GB18030 -t UTF-8)") from None
     if format_of(path).plain:
         return {"text": text}
     try:

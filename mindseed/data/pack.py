@@ -136,7 +136,8 @@ class _Windows:
                 self.seen[name] += int(value)
             yield segments, counts
         if not self.seen["rows"]:
-            raise UserError(f"no document has anything to learn within its first {self.seq_len} tokens; raise seq_len")
+            raise UserError(f"no document has anything to learn within its first {self.seq_len} tokens; raise "
+                            "data.seq_len")
 
     def _segments(self, order: np.ndarray) -> np.ndarray:
         """The segments of some documents, (n, 3): text in as many as it needs, a conversation cut to one."""

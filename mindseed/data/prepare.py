@@ -94,7 +94,7 @@ def _already(out: Path, inputs: dict, overwrite: bool) -> bool:
         there = read_json(manifest if manifest.exists() else begun)
         if differences := list(_differences(there, inputs)):
             raise UserError(f"{out} was prepared from other inputs: {'; '.join(differences)}. "
-                            "Choose another folder, or pass --overwrite to replace it")
+                            "Choose another folder, or remove this one (`mindseed prepare` does it with --overwrite)")
         if manifest.exists():
             shutil.rmtree(out / ".parts", ignore_errors=True)       # a kill may have come just before this
         return manifest.exists()
@@ -114,10 +114,14 @@ def _differences(there: dict, inputs: dict) -> Iterator[str]:
         old_files, new_files = ({source["sha256"]: source["path"] for source in entry} for entry in (old or [], new))
         gone = [path for digest, path in old_files.items() if digest not in new_files]
         come = [path for digest, path in new_files.items() if digest not in old_files]
+        changed = [path for path in gone if path in come]
+        gone, come = ([path for path in some if path not in changed] for some in (gone, come))
+        if changed:
+            yield f"changed since: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}"
         if gone or come:
             yield "; ".join(f"{what}: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''}" for what, some in
-                            (("files no longer there", gone), ("new or changed files", come)) if some)
-        elif [s["sha256"] for s in old] != [s["sha256"] for s in new]:
+                            (("files no longer there", gone), ("new files", come)) if some)
+        elif not changed and [s["sha256"] for s in old] != [s["sha256"] for s in new]:
             yield "the same files in another order"
 
 

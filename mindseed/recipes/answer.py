@@ -30,7 +30,7 @@ class AnswerOptions:
     def load(self, recipe: str) -> Loaded:
         """The model on its device. UserError if none is named."""
         if not self.model:
-            raise UserError(f"which model? mindseed {recipe} DIRECTORY, for example runs/demo/model")
+            raise UserError(f"which model? mindseed {recipe} DIRECTORY, for example runs/demo/fine-tune/model")
         device = choose_device(self.device)
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16,
                   "auto": torch.float32 if device.type == "cpu" else torch.bfloat16}

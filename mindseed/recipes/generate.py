@@ -40,11 +40,12 @@ class Options(AnswerOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One answer to make: the row it belongs to, its prompt's ids, its seed."""
+    """One answer to make: the row it belongs to, its prompt's ids, its seed; or why there can be none."""
 
     row: dict[str, Any]
     ids: list[int]
     seed: int
+    error: str | None = None
 
 
 def main(options: Options) -> None:
@@ -58,16 +59,25 @@ def main(options: Options) -> None:
         warn_of_foreign_chat(loaded, options.model)
     sampling, limit = options.sampling(loaded), loaded.model.config.seq_len
     with prompts(options) as lines, output(options.out) as out:
-        todo = jobs(lines, options, loaded.tokenizer, limit)
+        todo, count, refused = jobs(lines, options, loaded.tokenizer, limit), 0, []
         while batch := list(itertools.islice(todo, options.batch_size)):
-            done = generate(loaded.model, loaded.tokenizer, [job.ids for job in batch], sampling=sampling,
-                            max_new=options.max_new, stop=options.stop, stop_ids=loaded.stop_ids or None,
-                            seeds=[job.seed for job in batch], logps=options.logps)
-            for job, answer in zip(batch, done):
-                row = job.row | {"text": answer.text, "tokens": len(answer.ids), "finish": answer.finish}
-                if options.logps:
-                    row |= {"ids": answer.ids, "logps": [round(p, 6) for p in answer.logps]}
+            good = [job for job in batch if job.error is None]
+            done = iter(generate(loaded.model, loaded.tokenizer, [job.ids for job in good], sampling=sampling,
+                                 max_new=options.max_new, stop=options.stop, stop_ids=loaded.stop_ids or None,
+                                 seeds=[job.seed for job in good], logps=options.logps))
+            for job in batch:
+                row = job.row
+                if job.error is not None:
+                    row, refused = row | {"error": job.error}, [*refused, job.error]
+                else:
+                    answer = next(done)
+                    row = row | {"text": answer.text, "tokens": len(answer.ids), "finish": answer.finish}
+                    if options.logps:
+                        row |= {"ids": answer.ids, "logps": [round(p, 6) for p in answer.logps]}
                 print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+            count += len(batch)
+    if refused:
+        raise UserError(f"{len(refused)} of {count} prompts could not be answered; the first: {refused[0]}")
 
 
 @contextlib.contextmanager
@@ -101,7 +111,7 @@ def output(path: str | None) -> Iterator[TextIO]:
 
 
 def jobs(lines: Iterator[tuple[str, str]], options: Options, tokenizer: Tokenizer, limit: int) -> Iterator[Job]:
-    """Answers to make. UserError that names the line for one that cannot be answered."""
+    """Answers to make, in order; a line that cannot be answered keeps its place, with the reason."""
     try:
         for index, (where, line) in enumerate(lines):
             try:
@@ -109,8 +119,9 @@ def jobs(lines: Iterator[tuple[str, str]], options: Options, tokenizer: Tokenize
                 if len(ids) >= limit:
                     raise UserError(f"the prompt has {len(ids)} tokens and the model's context is {limit}, which "
                                     "leaves no room for an answer; shorten it")
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+            except (UserError, ValueError) as error:
+                yield Job(row={"index": index, "prompt": line}, ids=[], seed=0, error=f"{where}: {error}")
+                continue
             for sample in range(options.samples):
                 number = {"sample": sample} if options.samples > 1 else {}
                 yield Job(row={"index": index, **row, **number}, ids=ids,

@@ -50,7 +50,7 @@ class DataOptions:
     weights: tuple[float, ...] = option((),
                                         help="share of each entry of data.train in the mixture [derived: by tokens]")
     tokenizer: str | None = option(None,
-                                   help="directory or tokenizer.json [derived: of model.start, or trained on the data]")
+                                   help="directory or tokenizer.json [derived: of model.start or a prepared folder, or trained]")
     vocab_size: int = option(6400, help="size of the tokenizer that is trained when none is given")
     seq_len: int = option(512, help="tokens per row, the context the model is trained on")
     packing: Literal["best-fit", "sequential", "pad"] = option("best-fit",
@@ -69,7 +69,7 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    steps: int | None = option(None, help="optimiser steps [derived: loop.tokens / loop.batch / seq_len]")
+    steps: int | None = option(None, help="optimiser steps [derived: from minutes, epochs or tokens_per_param]")
     minutes: float | None = option(None,
                                    help="train for about this long: steps follow from timing a few on this machine")
     epochs: float | None = option(None, help="passes over the data, instead of steps")

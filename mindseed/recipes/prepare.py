@@ -64,4 +64,5 @@ def report(prepared: Prepared, seconds: float) -> None:
     if more := len(manifest["skipped"]) - 10 if len(manifest["skipped"]) > 10 else 0:
         warn(f"and {more} more, listed in {prepared.folder / 'manifest.json'}")
     if not manifest["splits"]["heldout"]["documents"] and manifest["heldout"]:
-        warn("no row fell into the held-out split, so there is nothing to validate on; raise --heldout")
+        warn("no row fell into the held-out split, so there is nothing to validate on; give more rows, or a larger "
+             "heldout")

@@ -290,7 +290,7 @@ def commands(folder: Path, details: dict[str, Any]) -> list[dict[str, str]]:
                {"command": f"echo '17 + 3 = ?' | {program} generate {model}",
                 "en": "Use it from a script: questions in, JSON lines out.", "zh": "在脚本里使用。"}]
     return out + [
-        {"command": f"{program} demo --seed 1 --run {shlex.quote(f'{folder}-1')}",
+        {"command": f"{program} demo --seed 1 --out {shlex.quote(f'{folder}-1')}",
          "en": "Grow another one: another world, other weights.", "zh": "换一个随机种子再训练一个。"},
         {"command": f"{program} plan --depth 8", "en": "What would a larger model cost?", "zh": "估算更大模型的开销。"},
         {"command": f"{program} train --help", "en": "Train on your own text: every option.", "zh": "用自己的数据训练。"}]

@@ -74,7 +74,7 @@ def main(options: Options) -> None:
         f"{len(learn):,} texts ({bytes_text(size(learn))}), {time.perf_counter() - start:.1f} s")
     if options.kind == "bpe" and tokenizer.vocab_size < options.vocab_size:
         warn(f"the text has too few repetitions for {options.vocab_size} tokens; give it more text, or a smaller "
-             "--vocab-size")
+             "vocab_size")
     report(tokenizer, measure or learn, "set aside" if measure else "it was trained on")
 
 

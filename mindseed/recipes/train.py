@@ -28,9 +28,9 @@ from mindseed import __version__
 from mindseed.base import config as base_config
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.files import write_json, write_text
+from mindseed.base.files import make_folder, write_json, write_text
 from mindseed.base.hardware import describe_machine, peak
-from mindseed.base.log import bytes_text, open_sinks, say, si, table
+from mindseed.base.log import bytes_text, open_sinks, say, si, table, warn
 from mindseed.core import Objective
 from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
 from mindseed.data.mix import Mixture
@@ -106,6 +106,12 @@ def train(options: TrainOptions, device: torch.device) -> Path:
     checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
         "model": config_to_dict(model.config), "tokenizer": data.tokenizer.hash(), "data": data.rows.identity()})
     resumed = resume(options, run, ema, checkpoints)
+    if resumed and run.step >= options.loop.steps and (run_folder / "model").exists():
+        if dist.is_main():
+            say(f"{run_folder} has had its {options.loop.steps} steps, so nothing is left to do; give a larger "
+                "loop.steps to go on")
+        source.close()
+        return run_folder / "model"
     torch.manual_seed(options.seed + 1_000_003 * dist.rank()) if not resumed else None
     announce(options, model, data, groups, run_folder, device, resumed)
 
@@ -156,7 +162,10 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     """Tokenise what is raw (once, by rank 0), open what is prepared, mix, and set the held-out documents apart."""
     given = options.data
     if not given.train:
-        raise UserError("data.train is empty: name files, folders or prepared folders, e.g. --data.train corpus.jsonl")
+        hint = (f", or give the run's own preset: mindseed train {run_folder / 'config.toml'} --resume"
+                if (run_folder / "config.toml").exists() else "")
+        raise UserError("data.train is empty: name files, folders or prepared folders, e.g. --data.train "
+                        f"corpus.jsonl{hint}")
     if given.weights and len(given.weights) != len(given.train):
         raise UserError(f"data.weights has {len(given.weights)} numbers for {len(given.train)} entries of data.train")
     where = choose_tokenizer(options, run_folder)
@@ -182,9 +191,13 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
 
 
 def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
-    """Where the tokenizer is: named; else the start model's; else one trained on the data, in the run's folder."""
+    """Where the tokenizer is: named; else the start model's; else that of a prepared folder; else one trained on the
+    data, in the run's folder."""
     if options.data.tokenizer or options.model.start:
         return Path(options.data.tokenizer or options.model.start)
+    for entry in options.data.train:
+        if (Path(entry) / "manifest.json").exists():
+            return Path(entry) / "tokenizer"
     own = run_folder / "tokenizer"
     if not own.exists() and dist.is_main():
         recipe = importlib.import_module("mindseed.recipes.tokenizer")
@@ -307,6 +320,11 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     tokens = loop.batch * options.data.seq_len
     say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, "
         f"in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
+    passes = loop.steps * loop.batch / len(data.rows)
+    say(f"passes     {passes:.3g} over the data")
+    if passes > 10:
+        warn(f"every document will be seen {passes:.0f} times; more text, or fewer steps (loop.steps, loop.minutes, "
+             "loop.epochs), would serve the model better")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
@@ -316,7 +334,7 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
 
 def open_run(options: TrainOptions, folder: Path, resumed: Path | None) -> list:
     """Record what this run is, and open its log; on resuming, log lines after the checkpoint are taken back."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / "config.toml", base_config.to_toml(replace(options, resume="never")))
     write_json(folder / "run.json", {
         "command": shlex.join(["mindseed", *sys.argv[1:]]), "version": __version__, "commit": commit(),
