@@ -50,7 +50,8 @@ class DataOptions:
     weights: tuple[float, ...] = option((),
                                         help="share of each entry of data.train in the mixture [derived: by tokens]")
     tokenizer: str | None = option(None,
-                                   help="directory or tokenizer.json [derived: of model.start or a prepared folder, or trained]")
+                                   help="directory or tokenizer.json [derived: model.start's, a prepared folder's, or "
+                                             "trained on the data]")
     vocab_size: int = option(6400, help="size of the tokenizer that is trained when none is given")
     seq_len: int = option(512, help="tokens per row, the context the model is trained on")
     packing: Literal["best-fit", "sequential", "pad"] = option("best-fit",
