@@ -14,6 +14,7 @@ from mindseed.models.lm import build
 from mindseed.models.presets import PRESETS, shape_of_depth
 from mindseed.nn.attend import Layout, attend, attend_oracle
 from mindseed.nn.ffn import Gated
+from mindseed.nn.linear import BUFFERS
 from mindseed.nn.norm import RMSNorm
 from mindseed.nn.rope import RopeConfig, rope_tables, rotate
 from tests.tiny import VOCAB, flat, random_batch, tiny_model
@@ -141,6 +142,16 @@ def test_chunked_head_equals_log_softmax(chunk):
     plain = torch.autograd.grad((want * weight + logits.logsumexp(-1) * weight_lse).sum(), (hidden, head))
     for a, b in zip(got, plain):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_a_model_that_inferred_first_trains_after():
+    BUFFERS.__dict__.clear()
+    model, batch = tiny_model(), random_batch(3, 16)
+    for precision in ("fp32", "bf16"):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model(batch.ids, batch.positions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model(batch.ids, batch.positions).logps(batch.targets).sum().backward()
 
 
 def test_recomputation_changes_nothing():

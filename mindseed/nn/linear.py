@@ -72,7 +72,8 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A buffer on the CPU whose contents last until it is asked for again; it grows as needed."""
     held, size = BUFFERS.__dict__, math.prod(shape)
     if (name, dtype) not in held or held[name, dtype].numel() < size:
-        held[name, dtype] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):         # whoever asks first may only infer, the next one trains
+            held[name, dtype] = torch.empty(size, dtype=dtype)
     return held[name, dtype][:size].view(shape)
 
 
