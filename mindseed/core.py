@@ -69,18 +69,25 @@ class Source(Protocol):
 class StateSpec:
     """What a mixer remembers while decoding, per layer. Shapes are without batch and time axes.
 
-    Per-token state grows with the sequence and can be paged; per-sequence state is of fixed size, and its presence
-    forbids the reuse of a partial prefix. Cache allocation, memory planning and prefix caching all read this.
+    Per-token state grows with the sequence, up to the last `window` tokens if there is a window, and can be paged;
+    per-sequence state is of fixed size, and its presence forbids the reuse of a partial prefix. Cache allocation,
+    memory planning and prefix caching all read this.
     """
 
     per_token: dict[str, tuple[int, ...]] = field(default_factory=dict)
     per_seq: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    window: int | None = None
 
     def bytes_per_token(self, itemsize: int) -> int:
         return sum(torch.Size(s).numel() for s in self.per_token.values()) * itemsize
 
     def bytes_per_seq(self, itemsize: int) -> int:
         return sum(torch.Size(s).numel() for s in self.per_seq.values()) * itemsize
+
+    def bytes_of(self, length: int, itemsize: int) -> int:
+        """What a sequence of `length` tokens takes up."""
+        kept = length if self.window is None else min(length, self.window)
+        return kept * self.bytes_per_token(itemsize) + self.bytes_per_seq(itemsize)
 
 
 class LayerState(Protocol):
@@ -97,8 +104,9 @@ class LayerState(Protocol):
 class State(Protocol):
     """What a model remembers of a batch of sequences while decoding."""
 
-    def begin(self, positions: Tensor) -> Tensor:
-        """Make room for new tokens at positions (B, T); return the positions (B, S) of all keys layers will see."""
+    def begin(self, positions: Tensor) -> dict[int | None, Tensor]:
+        """Make room for new tokens at positions (B, T); return the positions (B, S) of all keys that layers will see,
+        by their window (None: no window)."""
         ...
 
     def layer(self, index: int) -> LayerState: ...
@@ -116,7 +124,9 @@ class Output:
     chunk: int = 1024                             # tokens per application of the head
     dtype: torch.dtype | None = None              # of the head's products; None: that of `hidden`
     values: Tensor | None = None                  # (B, T): a critic's or reward model's estimate
-    aux: dict[str, Tensor] = field(default_factory=dict)   # auxiliary losses of layers: sums over tokens
+    aux: dict[str, Tensor] = field(default_factory=dict)   # auxiliary losses of layers, per token (B, T), weighed
+    further: tuple[Tensor, ...] = ()              # (B, T, D) each: what predicts the token 2, 3, ... ahead
+    further_weight: float = 0.0                   # of the mean of their losses
 
     def logits(self) -> Tensor:
         """(B, T, V), in the dtype of the head's product; for decoding and for objectives that need them all."""
@@ -124,8 +134,11 @@ class Output:
 
     def at(self, tokens: Tensor) -> Output:
         """Only the tokens where the boolean (B, T) is True, as one row (1, n, D): no head is applied to the others."""
-        return replace(self, hidden=self.hidden[tokens][None], values=None if self.values is None else
-                       self.values[tokens][None])
+        def pick(x: Tensor) -> Tensor:
+            return x[tokens][None]
+
+        return replace(self, hidden=pick(self.hidden), values=None if self.values is None else pick(self.values),
+                       aux={name: pick(x) for name, x in self.aux.items()}, further=tuple(map(pick, self.further)))
 
     def logps(self, targets: Tensor) -> Tensor:
         """log p(targets), (B, T), in at least float32; recomputes the head in the backward pass."""

@@ -431,6 +431,13 @@ def test_a_folder_is_never_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "x" and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_link_is_not_replaced(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="link or a device"):
+        write_text(tmp_path / "link", "y")
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("words", [
     ["train", "--data.train", "FILE", "--out", "FILE/run", "--loop.steps", "1"], ["demo", "--out", "FILE"],
     ["convert", "FILE/model", "FILE/copy"], ["train", "--data.train", "FILE", "--out", "/proc/nowhere/run"]])

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from mindseed.base.errors import UserError
 from mindseed.interop.directory import load_directory, save_directory
-from mindseed.interop.qwen3 import RULES, from_json, to_json
-from mindseed.interop.rules import Rule, read_names, to_ours, to_theirs, write_names
+from mindseed.interop.families import FAMILIES, family_of
+from mindseed.interop.qwen3 import QWEN3
+from mindseed.interop.rules import Layout, Rule, read_names, translate
 from mindseed.models.lm import LM, build
-from mindseed.models.presets import Shape
+from mindseed.models.presets import PRESETS, Shape, preset
 from mindseed.tokenizers.bpe_train import train
 from mindseed.tokenizers.byte import Byte
-from tests.tiny import randomise
+from tests.tiny import KITS, kit_model, randomise
 
 SHAPE = Shape(layers=2, dim=32, heads=4, kv_heads=2, head_dim=10, ffn_dim=48, theta=5e5, norm_eps=1e-5, dropout=0.1)
 
@@ -122,8 +123,8 @@ def test_missing_places(tmp_path, saved):
     _, folder = saved
     refuses(tmp_path / "modle", "modle", "no such folder", str(folder))
     refuses(tmp_path, "no config.json", f"did you mean {folder}")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refuses(folder, "no model.safetensors", "pickle")
+    (folder / "model.safetensors").rename(folder / "full_sft_768.pth")
+    refuses(folder, "no model.safetensors", "full_sft_768.pth is a bare state dict", "mindseed convert")
 
 
 def test_truncated_weights(saved):
@@ -162,13 +163,15 @@ def test_integer_weights(saved):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model_type": "llama"}, ["'llama'", "reads qwen3"]),
+    ({"model_type": "gpt_neox"}, ["'gpt_neox'", "reads qwen3"]),
     ({"model_type": None}, ["None", "reads qwen3"]),
     ({"attention_bias": True}, ["biases in attention"]),
     ({"hidden_act": "gelu"}, ["gelu"]),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, ["scaled by yarn"]),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["scaled by linear"]),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding windows"]),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}}, ["scaled by 'longrope'"]),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, ["llama3 lacks 'original_max_position_embeddings'"]),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["says 'default' and rope_scaling 'linear'"]),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_window does not say"]),
+    ({"layer_types": ["full_attention"]}, ["1 layers of 2"]),
     ({"quantization_config": {"bits": 4}}, ["quantised"]),
     ({"num_key_value_heads": 3}, ["heads=4", "kv_heads=3"]),
     ({"head_dim": 7}, ["head_dim=7", "even"]),
@@ -211,12 +214,12 @@ def test_tokenizer_and_model_must_belong_together(saved, tmp_path):
      "qk_norm"),
     (lambda c: replace(c, norm_eps=1e-3), "one norm_eps"),
     (lambda c: replace(c, layers=(c.layers[0], replace(c.layers[1], ffn=replace(c.layers[1].ffn, ffn_dim=8)))),
-     "layer 1 differs"),
+     "feed-forward of layer 1 differs"),
 ])
 def test_models_a_qwen3_cannot_be(tmp_path, make, reason):
     config = make(SHAPE.lm_config(vocab_size=Byte().vocab_size, seq_len=64))
     with pytest.raises(UserError, match=reason):
-        save_directory(build(config), Byte(), tmp_path / "m")
+        save_directory(build(config), Byte(), tmp_path / "m", family=QWEN3)
     assert not list(tmp_path.iterdir())
 
 
@@ -229,33 +232,83 @@ def test_config_json_is_bijective(layers, heads, group, half, tied, theta, eps, 
     shape = Shape(layers=layers, dim=48, heads=heads * group, kv_heads=heads, head_dim=2 * half, ffn_dim=96, tied=tied,
                   theta=theta, norm_eps=eps)
     config = shape.lm_config(vocab_size=100, seq_len=seq_len)
-    data = json.loads(json.dumps(to_json(config, dtype="float32", specials={})))
-    assert from_json(data, "config.json") == config
+    data = json.loads(json.dumps(QWEN3.to_json(config, dtype="float32", specials={})))
+    assert QWEN3.from_json(data, "config.json") == config
     del data["rope_parameters"]                                       # where readers before transformers 5 look
-    assert from_json(data, "config.json") == config
+    assert QWEN3.from_json(data, "config.json") == config
 
 
-def test_names_are_bijective_and_cover_the_model():
+@pytest.mark.parametrize("name", [name for name in PRESETS if "toy" in name or name == "minimind-moe"])
+def test_names_are_bijective_and_cover_the_model(name):
+    config = replace(preset(name), tied=False).lm_config(vocab_size=9, seq_len=9)
     with torch.device("meta"):
-        names = list(LM(replace(SHAPE, layers=12, tied=False).lm_config(vocab_size=9, seq_len=9)).state_dict())
-    there = to_theirs(RULES, names)
-    assert set(there) == set(names) and len(set(there.values())) == len(names)
-    assert to_ours(RULES, there.values()) == {b: a for a, b in there.items()}
-    assert there["blocks.11.mixer.k_norm.weight"] == "model.layers.11.self_attn.k_norm.weight"
+        shapes = {key: x.shape for key, x in LM(config).state_dict().items() if not key.startswith("mtp.")}
+    family = family_of(config)
+    if name.startswith("hybrid"):
+        assert family is None
+        return
+    there = translate(family.layout, config, shapes)
+    flat = [x for theirs in there.values() for x in theirs]
+    assert there.keys() == shapes.keys() and len(set(flat)) == len(flat)
+    assert there["blocks.1.mixer_norm.weight"] == ["model.layers.1.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_refuses_what_it_cannot_hold(name):
+    family = FAMILIES[name]
+    for config in KITS.values():
+        if family.reasons(config):
+            with pytest.raises(UserError, match=f"a {name} directory cannot hold this model"):
+                family.to_json(config, dtype="float32", specials={})
 
 
 def test_rules_are_strict():
-    rules = [Rule("a.{i}", "b.{i}.w"), Rule("c", "d")]
-    one = torch.Size([1])
-    assert read_names(rules, {"b.0.w": one, "d": one}, {"a.0": one, "c": one}, "f") == {"a.0": "b.0.w", "c": "d"}
-    for shapes, message in [({"d": one}, "missing: b.0.w"),
-                            ({"b.0.w": one, "d": one, "b.1.w": one}, "unexpected: b.1.w"),
-                            ({"b.0.w": one, "d": one, "bX0.w": one}, "unexpected: bX0.w"),
-                            ({"b.00.w": one, "d": one}, "missing: b.0.w.*unexpected: b.00.w")]:
+    layout = Layout(top=[Rule("c", "d")], block=[Rule("a", "w"), Rule("stack", "x.{e}.y")], mixers={}, ffns={},
+                    layer="b.{i}.")
+    config, one = KITS["gqa"], torch.Size([1])
+    expected = {"c": one, "blocks.0.a": one, "blocks.1.stack": torch.Size([2, 3])}
+    names = translate(layout, config, expected)
+    assert names == {"c": ["d"], "blocks.0.a": ["b.0.w"], "blocks.1.stack": ["b.1.x.0.y", "b.1.x.1.y"]}
+    good = {"d": one, "b.0.w": one, "b.1.x.0.y": torch.Size([3]), "b.1.x.1.y": torch.Size([3])}
+    read_names(names, expected, good, "f")
+    for change, message in [({"d": None}, "missing: d"), ({"b.1.w": one}, "unexpected: b.1.w"),
+                            ({"b.1.x.1.y": one}, r"wrongly shaped: b.1.x.1.y is \[1\] instead of \[3\]"),
+                            ({"b.00.w": one, "b.0.w": None}, "missing: b.0.w.*unexpected: b.00.w")]:
+        there = {name: shape for name, shape in (good | change).items() if shape is not None}
         with pytest.raises(UserError, match=message):
-            read_names(rules, shapes, {"a.0": one, "c": one}, "f")
+            read_names(names, expected, there, "f")
     with pytest.raises(UserError, match="no place for e"):
-        write_names(rules, {"c": torch.ones(1), "e": torch.ones(1)})
+        translate(layout, config, {"e": one})
+
+
+# ------------------------------------------------------------------------------------- layouts of our own, and shards
+
+@pytest.mark.parametrize("config", KITS.values(), ids=KITS.keys())
+def test_every_model_comes_back_from_its_directory(tmp_path, config):
+    config = replace(config, vocab_size=Byte().vocab_size)
+    model = kit_model(config).float()
+    for module in model.modules():
+        for buffer in module.buffers(recurse=False):
+            buffer.uniform_(-1, 1)
+    folder = save_directory(model, Byte(), tmp_path / "m", max_shard=20_000)
+    assert (folder / "model.safetensors.index.json").exists()
+    back = load_directory(folder)
+    assert back.model.config == config
+    want = model.state_dict()
+    assert back.model.state_dict().keys() == want.keys()
+    assert all(torch.equal(x, want[name]) for name, x in back.model.state_dict().items())
+
+
+def test_prediction_modules_travel_beside_families_without_a_place_for_them(tmp_path):
+    config = replace(SHAPE, mtp=2).lm_config(vocab_size=Byte().vocab_size, seq_len=64)
+    model = build(config)
+    folder = save_directory(model, Byte(), tmp_path / "m")
+    assert load_directory(folder).family is QWEN3
+    assert torch.equal(load_directory(folder).model.mtp[1].join.weight, model.mtp[1].join.weight)
+    (folder / "mtp.safetensors").unlink()
+    refuses(folder, "mtp.safetensors is missing")
+    (folder / "mindseed.json").unlink()
+    assert not load_directory(folder).model.mtp
 
 
 def test_generation_config_ends_answers(saved):

@@ -12,6 +12,7 @@ from mindseed.infer.state import Cache
 from mindseed.models.config import config_from_dict, config_to_dict
 from mindseed.models.lm import build
 from mindseed.models.presets import PRESETS, shape_of_depth
+from mindseed.plan.params import count_params
 from mindseed.nn.attend import Layout, attend, attend_oracle
 from mindseed.nn.ffn import Gated
 from mindseed.nn.linear import BUFFERS
@@ -104,7 +105,9 @@ def test_attend_equals_the_oracle(packed):
     document = (positions == 0).cumsum(1)
     visible = ((document[:, :, None] == document[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
     weight = torch.randn(2, T, 6, 8, generator=g, dtype=torch.float64)
-    got = attend(q, k, v, Layout.training(positions))
+    layout = Layout(positions)
+    layout.add_view(None)
+    got = attend(q, k, v, layout.views[None])
     grads = torch.autograd.grad((got * weight).sum(), (q, k, v))
     want = attend_oracle(q, k, v, visible)
     torch.testing.assert_close(got, want, **EXACT)
@@ -182,14 +185,17 @@ def test_config_survives_json():
     config = PRESETS["mini"].lm_config(vocab_size=100, seq_len=64)
     assert config_from_dict(config_to_dict(config)) == config
     mixed = replace(config, layers=(config.layers[0], replace(config.layers[1], mixer=replace(
-        config.layers[1].mixer, rope=RopeConfig(theta=5.0)))))
+        config.layers[1].mixer, positions=RopeConfig(theta=5.0)))))
     assert config_from_dict(config_to_dict(mixed)) == mixed
 
 
 def test_presets_have_their_sizes():
-    sizes = {name: sum(p.numel() for p in build(shape.lm_config(vocab_size=6400, seq_len=512)).parameters())
-             for name, shape in PRESETS.items()}
-    assert 1e6 < sizes["toy"] < 3e6
+    counts = {name: count_params(shape.lm_config(vocab_size=6400, seq_len=512)) for name, shape in PRESETS.items()}
+    sizes = {name: params.total for name, params in counts.items()}
     assert sizes["mini"] == 25_830_912 and sizes["small"] == 63_912_192
+    assert round(sizes["minimind-moe"] / 1e6) == 198
+    for name, params in counts.items():
+        low, high = {"toy": (1e6, 3.5e6), "mini": (24e6, 28e6)}.get(name.split("-")[-1], (60e6, 68e6))
+        assert low < params.active < high, f"{name}: {params.active:,}"
     depths = [shape_of_depth(d) for d in range(1, 25)]
     assert all(s.heads % s.kv_heads == 0 and s.dim == 64 * s.layers for s in depths)

@@ -12,25 +12,39 @@ from mindseed import cli
 from mindseed.infer.state import Cache
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM, build
-from mindseed.models.presets import PRESETS, Shape, shape_of_depth
-from mindseed.nn.ffn import SwiGLU, SwiGLUConfig
-from mindseed.nn.gqa import GQA, GQAConfig
+from mindseed.models.presets import PRESETS, LatentShape, Shape, shape_of_depth
+from mindseed.nn.ffn import SwiGLUConfig
+from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.moe import ExpertLinear, MoEConfig
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
 from mindseed.plan.flops import flops_per_token
-from mindseed.plan.memory import (activation_bytes_per_token, cache_bytes_per_token, optimizer_bytes, plan_memory,
-                                  token_ratio)
+from mindseed.plan.memory import (activation_bytes_per_token, cache_bytes, cache_bytes_per_token, optimizer_bytes,
+                                  plan_memory, token_ratio)
 from mindseed.plan.params import count_params
 
 # Every size different, so that no two terms of a formula can be swapped unseen.
 SHAPE = Shape(layers=3, dim=48, heads=6, kv_heads=2, head_dim=10, ffn_dim=112)
 CONFIGS = {
-    "tied": SHAPE.lm_config(vocab_size=320, seq_len=32),
-    "untied": replace(SHAPE, tied=False).lm_config(vocab_size=320, seq_len=32),
-    "no qk-norm": replace(SHAPE, qk_norm=False).lm_config(vocab_size=320, seq_len=32),
-    "mixed layers": LMConfig(vocab_size=320, dim=48, seq_len=32, layers=(
+    "tied": SHAPE.lm_config(vocab_size=352, seq_len=32),
+    "untied": replace(SHAPE, tied=False).lm_config(vocab_size=352, seq_len=32),
+    "no qk-norm": replace(SHAPE, qk_norm=False).lm_config(vocab_size=352, seq_len=32),
+    "mixed layers": LMConfig(vocab_size=352, dim=48, seq_len=32, layers=(
         LayerConfig(mixer=GQAConfig(heads=4, kv_heads=4, head_dim=8), ffn=SwiGLUConfig(ffn_dim=64)),
         LayerConfig(mixer=GQAConfig(heads=6, kv_heads=1, head_dim=12, qk_norm=False), ffn=SwiGLUConfig(ffn_dim=96)))),
+    "latent": replace(SHAPE, latent=LatentShape(kv_rank=20, q_rank=24, rope_dim=6)).lm_config(
+        vocab_size=352, seq_len=32),
+    "latent, plain queries": replace(SHAPE, latent=LatentShape(kv_rank=20, rope_dim=6)).lm_config(
+        vocab_size=352, seq_len=32),
+    "mixture": replace(SHAPE, dense_layers=1, moe=MoEConfig(
+        experts=5, top_k=2, expert_dim=28, shared_dim=36)).lm_config(vocab_size=352, seq_len=32),
+    "further tokens": replace(SHAPE, mtp=2).lm_config(vocab_size=352, seq_len=32),
+    "another build": replace(SHAPE, norm="layer", placement="sandwich", activation="gelu",
+                             positions="learned").lm_config(vocab_size=352, seq_len=32),
+    "alibi, relu2": replace(SHAPE, positions="alibi", activation="relu2", placement="post").lm_config(
+        vocab_size=352, seq_len=32),
 }
+LINEAR = replace(SHAPE, pattern="D").lm_config(vocab_size=352, seq_len=32)
+WINDOWS = replace(SHAPE, pattern="SSL", window=5).lm_config(vocab_size=352, seq_len=32)
 B, T = 2, 32
 
 
@@ -39,19 +53,23 @@ def config(request) -> LMConfig:
     return request.param
 
 
+@pytest.mark.parametrize("config", [*CONFIGS.values(), LINEAR], ids=[*CONFIGS, "linear"])
 def test_parameters_by_part_equal_the_built_model(config):
     model = build(config)
-    sizes = {"embedding": 0, "attention": 0, "ffn": 0, "norms": 0, "head": 0}
-    for module in model.modules():
-        part = {GQA: "attention", SwiGLU: "ffn"}.get(type(module))
-        if part:
-            sizes[part] += sum(p.numel() for p in module.parameters() if p.ndim == 2)
-    sizes["norms"] = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    sizes["embedding"] = model.embed.weight.numel()
-    sizes["head"] = sum(p.numel() for name, p in model.named_parameters() if name == "head.weight")
+    sizes = dict.fromkeys(("embedding", "attention", "ffn", "vectors", "head", "mtp", "matrices"), 0)
+    for name, p in model.named_parameters():
+        matrix = p.ndim == 2 or "ffn" in name and p.ndim == 3                     # experts are stacks of matrices
+        part = ("mtp" if name.startswith("mtp.") else "head" if name == "head.weight" else "embedding"
+                if name.startswith(("embed", "place")) else "vectors" if not matrix
+                else "attention" if ".mixer." in name else "ffn")
+        sizes[part] += p.numel()
+        sizes["matrices"] += p.numel() if matrix and name.startswith(("blocks", "mtp")) else 0
     counted = count_params(config)
     assert {part: getattr(counted, part) for part in sizes} == sizes
-    assert counted.total == counted.active == sum(p.numel() for p in model.parameters())
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    idle = sum(m.weight.numel() // m.weight.shape[0] * (m.weight.shape[0] - 2) for name, m in model.named_modules()
+               if isinstance(m, ExpertLinear))                                    # two of them are visited
+    assert counted.active == counted.total - sizes["mtp"] - idle
 
 
 @pytest.mark.parametrize("shape", [*PRESETS.values(), shape_of_depth(2), shape_of_depth(5)])
@@ -62,26 +80,66 @@ def test_total_equals_the_real_model_for_every_preset(shape):
     assert count_params(config).total == sum(p.numel() for p in model.parameters())
 
 
+def score(model: LM, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What training makes of the output: the head on everything that predicts."""
+    output = model(ids, positions)
+    return sum(replace(output, hidden=h, aux={}, further=()).logps(ids.clone()).sum()
+               for h in (output.hidden, *output.further))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flops_equal_torchs_counter(config, recompute):
-    model = build(config)
+    model = build(config).train()
     model.recompute = recompute
     ids, positions = torch.randint(0, config.vocab_size, (B, T)), torch.arange(T).expand(B, T)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(ids, positions).logps(ids).sum().backward()
+        score(model, ids, positions).backward()
     planned = flops_per_token(config, T, causal=False, recompute=recompute).hardware * B * T
     assert counter.get_total_flops() == pytest.approx(planned, rel=0.01)
 
 
 def test_causal_attention_costs_half_of_full_attention_and_nothing_else_changes(config):
     full, causal = (flops_per_token(config, T, causal=c) for c in (False, True))
-    attention = sum(4 * T * layer.mixer.heads * layer.mixer.head_dim for layer in config.layers)
+    attention = sum(2 * T * layer.mixer.heads * (2 * layer.mixer.head_dim if isinstance(layer.mixer, GQAConfig) else
+                                                 layer.mixer.key_dim + layer.mixer.value_dim)
+                    for layer in (*config.layers, *config.mtp))
     assert full.forward - causal.forward == pytest.approx(attention * (T - 1) / (2 * T))
     assert causal.model == 3 * causal.forward < causal.hardware
 
 
+@pytest.mark.parametrize("length", [1, 4, 5, 9, 20])
+def test_a_window_saves_arithmetic_and_memory(length):
+    full = replace(SHAPE).lm_config(vocab_size=352, seq_len=32)
+    seen = sum(min(t, 5) for t in range(1, length + 1)) / length
+    saved = flops_per_token(full, length).forward - flops_per_token(WINDOWS, length).forward
+    assert saved == pytest.approx(2 * 4 * 6 * 10 * ((length + 1) / 2 - seen))
+    kept = 2 * 2 * 10 * 2 * 4                                                     # k and v, 2 heads of 10, two layers
+    assert cache_bytes(full, length, 4) - cache_bytes(WINDOWS, length, 4) == kept * (length - min(length, 5))
+
+
+@pytest.mark.parametrize("name, config", [("linear", LINEAR), ("windows", WINDOWS)])
+def test_cache_bytes_of_layers_that_forget(name, config):
+    model, length = build(config).eval(), 9
+    cache = Cache(model.state_specs(), B, capacity=length)
+    with torch.no_grad():
+        model(torch.zeros(B, length, dtype=torch.long), torch.arange(length).expand(B, length), cache)
+    held = sum(x.nbytes for layer in cache.layers for part in (layer.tokens, layer.sequence) for x in part.values())
+    assert cache_bytes(config, length, itemsize=4) * B == held
+    assert cache_bytes_per_token(config, 4) == (0 if name == "linear" else 2 * 2 * 10 * 4)
+
+
+def test_arithmetic_of_linear_attention_is_about_torchs_count():
+    """torch does not count the triangular systems, which are a tenth of a small head's work."""
+    model = build(LINEAR).train()
+    ids, positions = torch.randint(0, 352, (B, 64)), torch.arange(64).expand(B, 64)
+    with FlopCounterMode(display=False) as counter:
+        score(model, ids, positions).backward()
+    planned = flops_per_token(LINEAR, 64).hardware * B * 64
+    assert counter.get_total_flops() == pytest.approx(planned, rel=0.15)
+
+
 def test_cache_bytes_equal_a_real_cache(config):
-    model, length = build(config), 7
+    model, length = build(config).eval(), 7
     cache = Cache(model.state_specs(), B, capacity=length)
     with torch.no_grad():
         model(torch.zeros(B, length, dtype=torch.long), torch.arange(length).expand(B, length), cache)
@@ -91,8 +149,9 @@ def test_cache_bytes_equal_a_real_cache(config):
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "bf16"])
 def test_activations_are_what_autograd_saves(config, narrow):
-    """Within 2%: the bytes of all distinct storages kept for the backward pass, weights and their casts left out."""
-    model = build(config)
+    """Within 3% (5% where norms stand elsewhere): the bytes of all distinct storages kept for the backward pass,
+    weights and their casts left out."""
+    model = build(config).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {s for p in model.parameters() if p.ndim == 2 for s in (tuple(p.shape), tuple(p.shape[::-1]))}
     saved: dict[int, torch.Tensor] = {}
@@ -104,11 +163,11 @@ def test_activations_are_what_autograd_saves(config, narrow):
     rows = 5 * T                                             # 160 rows: no activation has the shape of a weight
     ids, positions = torch.randint(0, config.vocab_size, (5, T)), torch.arange(T).expand(5, T)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=narrow):
-        model(ids, positions).logps(ids.clone()).sum()
+        score(model, ids, positions)
     kept = [x for at, x in saved.items() if at not in weights and not (narrow and tuple(x.shape) in shapes)]
     measured = sum(x.untyped_storage().nbytes() for x in kept)
     planned = rows * activation_bytes_per_token(config, itemsize=2 if narrow else 4)
-    assert measured == pytest.approx(planned, rel=0.02)
+    assert measured == pytest.approx(planned, rel=0.03 if config.placement == "pre" else 0.05)
 
 
 def test_recompute_keeps_only_the_inputs_of_blocks(config):
@@ -123,7 +182,7 @@ def test_optimizer_bytes_equal_the_real_states(config, kind):
     model = build(config)
     optim = OptimConfig(kind=kind, lr=1e-3)
     optimizers = build_optimizers(parameter_groups(model, optim), optim)
-    model(torch.zeros(B, T, dtype=torch.long), torch.arange(T).expand(B, T)).hidden.sum().backward()
+    score(model.train(), torch.zeros(B, T, dtype=torch.long), torch.arange(T).expand(B, T)).backward()
     for p in model.parameters():                             # an untied head took no part: every state must exist
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for optimizer in optimizers:

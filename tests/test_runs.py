@@ -71,11 +71,19 @@ def kill_after(command: list[str], run: Path, step: int, sig: int = signal.SIGKI
     try:
         wait_for(lambda: process.poll() is not None or last_step(run) >= step)
         assert process.poll() is None, "the run ended before it could be killed"
-        os.killpg(process.pid, sig) if sig == signal.SIGKILL else process.send_signal(sig)
+        for pid in family(process.pid) if sig == signal.SIGKILL else [process.pid]:
+            os.kill(pid, sig)
         return process.wait(60)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in family(process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all it has started: torchrun gives each worker a session of its own, which outlives it."""
+    children = [int(p) for task in Path(f"/proc/{pid}/task").glob("*/children") for p in task.read_text().split()]
+    return [pid, *(p for child in children for p in family(child))]
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -126,6 +134,11 @@ def test_a_finished_run_is_left_as_it_is(corpus, tmp_path):
     said = finish(train(corpus, tmp_path / "run", "--loop.steps", 2, "--optim.lr", 0.9, "--resume"))
     assert "nothing is left to do" in said
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_epochs_say_how_long_to_train(corpus, tmp_path):
+    finish(mindseed("train", "--out", tmp_path / "run", "--data.train", corpus / "texts", "--loop.epochs", 0.2, *TINY))
+    assert last_step(tmp_path / "run") >= 1
 
 
 def test_a_prepared_folder_brings_its_tokenizer(corpus, tmp_path):

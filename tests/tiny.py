@@ -4,10 +4,71 @@ from __future__ import annotations
 import torch
 
 from mindseed.core import Batch
+from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM, build
 from mindseed.models.presets import Shape
+from mindseed.nn.alibi import AlibiConfig
+from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
+from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.linear_attention import DeltaConfig
+from mindseed.nn.mla import MLAConfig
+from mindseed.nn.moe import MoEConfig
+from mindseed.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 VOCAB = 61
+
+GQA_KIT = dict(heads=4, kv_heads=2, head_dim=8)
+MLA_KIT = dict(heads=3, kv_rank=12, q_rank=10, plain_dim=6, rope_dim=4, value_dim=5)
+YARN = YarnScaling(factor=4.0, original=8, beta_fast=4.0)
+MIXER_KIT = {
+    "gqa": GQAConfig(**GQA_KIT),
+    "no qk-norm": GQAConfig(**GQA_KIT, qk_norm=False),
+    "window": GQAConfig(**GQA_KIT, window=3),
+    "window 1": GQAConfig(**GQA_KIT, window=1),
+    "no positions": GQAConfig(**GQA_KIT, positions=None),
+    "alibi": GQAConfig(heads=6, kv_heads=2, head_dim=8, positions=AlibiConfig()),
+    "alibi, window": GQAConfig(**GQA_KIT, positions=AlibiConfig(), window=4),
+    "interleaved": GQAConfig(**GQA_KIT, positions=RopeConfig(interleaved=True)),
+    "linear": GQAConfig(**GQA_KIT, positions=RopeConfig(scaling=LinearScaling(factor=3.0))),
+    "yarn": GQAConfig(**GQA_KIT, positions=RopeConfig(scaling=YARN)),
+    "llama3": GQAConfig(**GQA_KIT, positions=RopeConfig(scaling=Llama3Scaling(factor=4.0, original=8))),
+    "mla": MLAConfig(**MLA_KIT),
+    "mla, plain queries": MLAConfig(**MLA_KIT | {"q_rank": None, "rope": RopeConfig(scaling=YarnScaling(
+        factor=4.0, original=8, mscale=1.0, mscale_all_dim=0.7))}),
+    "delta": DeltaConfig(heads=4, key_heads=2, key_dim=6, value_dim=5),
+    "linear attention": DeltaConfig(heads=2, key_heads=2, key_dim=6, value_dim=5, conv=1, delta=False),
+}
+DYNAMIC = GQAConfig(**GQA_KIT, positions=RopeConfig(scaling=DynamicScaling(factor=2.0, original=6)))
+FFN_KIT = {
+    "swiglu": SwiGLUConfig(ffn_dim=48),
+    "relu2": MLPConfig(ffn_dim=40, activation="relu2"),
+    "moe": MoEConfig(experts=4, top_k=2, expert_dim=20, shared_dim=12),
+    "moe, groups": MoEConfig(experts=8, top_k=2, expert_dim=12, score="sigmoid", groups=4, top_groups=2, scaling=2.5,
+                             bias=True),
+}
+
+
+def kit(*mixers: str | GQAConfig, ffn: str = "swiglu", **changes) -> LMConfig:
+    """A tiny model with one layer per mixer of MIXER_KIT."""
+    layers = tuple(LayerConfig(mixer=MIXER_KIT.get(m, m), ffn=FFN_KIT[ffn]) for m in mixers)
+    return LMConfig(**{"vocab_size": VOCAB, "dim": 32, "layers": layers, "seq_len": 32} | changes)
+
+
+KITS = {name: kit(name, name) for name in MIXER_KIT} | {
+    "mixed": kit("window", "mla", "delta", "gqa", "alibi"),
+    "learned": kit("no positions", "no positions", learned_positions=True),
+    "layer norm, post": kit("gqa", "delta", norm="layer", placement="post", ffn="relu2"),
+    "sandwich": kit("gqa", "mla", placement="sandwich"),
+    "moe": kit("gqa", "gqa", ffn="moe"),
+    "moe, groups": kit("mla", "mla", ffn="moe, groups", mtp=(LayerConfig(mixer=MIXER_KIT["mla"], ffn=FFN_KIT["moe"]),)),
+}
+
+
+def kit_model(config: LMConfig, seed: int = 0) -> LM:
+    """The model with every parameter random, in float64 and eval mode."""
+    model = build(config, seed=seed)
+    randomise(model, seed)
+    return model.double().eval()
 
 
 def tiny_model(seed: int = 0, **changes) -> LM:

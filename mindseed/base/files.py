@@ -28,6 +28,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
             kinds = ("a file", "a folder")
             raise UserError(f"{path} is {kinds[path.is_dir()]} and would be replaced by {kinds[temp.is_dir()]}; choose "
                             "another place")
+        if path.is_symlink() or path.exists() and not path.is_dir() and not path.is_file():
+            raise UserError(f"{path} is a link or a device, which would be replaced; name a plain file or folder")
         sync(temp)
         if path.is_dir():
             old = path.with_name(f".{path.name}.old")

@@ -87,11 +87,13 @@ def duration(seconds: float) -> str:
 def step_line(step: int, steps: int, values: dict[str, float]) -> str:
     """The line of one optimiser step. Known values come first in their fixed order; a value that is absent is left out.
 
-    `values` may hold loss, tokens_per_s, mfu (a fraction), grad_norm, lr, memory_bytes; others follow by name.
+    `values` may hold loss, tokens_per_s, mfu (a fraction), grad_norm, lr, memory_bytes; others follow by name, but
+    for those of one part of many (load/3/7), which only programs want.
     """
     parts = [f"step {step}/{steps}"]
     parts += [form(values[name]) for name, form in STEP_FIELDS.items() if values.get(name) is not None]
-    parts += [f"{name} {plain(value)}" for name, value in values.items() if name not in STEP_FIELDS]
+    parts += [f"{name} {plain(value)}" for name, value in values.items()
+              if name not in STEP_FIELDS and "/" not in name]
     return "  ".join(parts)
 
 

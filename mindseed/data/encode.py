@@ -16,6 +16,7 @@ from typing import Any, Iterator
 import numpy as np
 
 from mindseed.base.errors import UserError
+from mindseed.data import fim
 from mindseed.data.formats import BadRow, parse, payloads
 from mindseed.data.readers import kind_of
 from mindseed.tokenizers.base import BOS, EOS
@@ -71,11 +72,13 @@ def chunks(paths: list[Path]) -> Iterator[Chunk]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes chunks. `heldout` is the share of rows kept apart, chosen with `seed`."""
+    """Encodes chunks. `heldout` is the share of rows kept apart, chosen with `seed`; `fim_rate` is that of the texts to
+    train on that are told with their middle last."""
 
     tokenizer: Any
     heldout: float
     seed: int
+    fim_rate: float = 0.0
 
     def split_of(self, canonical: str) -> str:
         digest = hashlib.blake2b(canonical.encode(), digest_size=8, key=str(self.seed).encode()).digest()
@@ -127,10 +130,17 @@ class Encoder:
         return result
 
     def _texts(self, texts: list) -> list[tuple]:
-        encoded = self.tokenizer.encode_batch([text for _, _, text in texts]) if texts else []
+        cut = [fim.chosen(text, self.fim_rate, self.seed) if self.fim_rate and split == "train" else None
+               for _, split, text in texts]
+        pieces = [part for (_, _, text), parts in zip(texts, cut) for part in parts or (text,)]
+        encoded = iter(self.tokenizer.encode_batch(pieces) if pieces else [])
         bos, eos = self.tokenizer.specials[BOS], self.tokenizer.specials[EOS]
-        return [(line, split, [bos, *ids, eos], None, len(text.encode()))
-                for (line, split, text), ids in zip(texts, encoded)]
+        marks = fim.markers(self.tokenizer) if self.fim_rate else (0, 0, 0)
+        documents = []
+        for (line, split, text), parts in zip(texts, cut):
+            ids = fim.fim_ids(tuple(next(encoded) for _ in parts), marks) if parts else next(encoded)
+            documents.append((line, split, [bos, *ids, eos], None, len(text.encode())))
+        return documents
 
     def _chats(self, chats: list, done: Encoded) -> list[tuple]:
         rendered = [render(messages, tools=tools) for _, _, sides in chats for messages, tools in sides]

@@ -27,6 +27,7 @@ import numpy as np
 
 from mindseed.base.errors import UserError
 from mindseed.base.files import read_json, sha256, write_json
+from mindseed.data import fim
 from mindseed.data.encode import SPLITS, Chunk, Encoded, Encoder, Pieces, chunks
 from mindseed.data.formats import check
 from mindseed.data.readers import expand
@@ -43,12 +44,13 @@ Progress = Callable[[int, int, int], None]        # rows done, parts done, lines
 
 def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer: Any, *, heldout: float = 0.01,
             seed: int = 0, workers: int | None = None, shard_tokens: int = SHARD_TOKENS, max_skipped: float = 0.01,
-            overwrite: bool = False, progress: Progress | None = None) -> Prepared:
+            fim_rate: float = 0.0, overwrite: bool = False, progress: Progress | None = None) -> Prepared:
     """Tokenise the rows of `paths` into the folder `out`; continue where a killed run stopped; return it opened.
 
     `heldout` is the share of rows set apart, by a hash of each row's content and `seed`. `max_skipped` is how many
     bad lines are put up with before the job stops with their list: below 1 a share of the rows (but always 10 lines),
-    else a number; 0 allows none. `workers` is the number of processes (default: one per core).
+    else a number; 0 allows none. `workers` is the number of processes (default: one per core). `fim_rate` is the share
+    of training texts whose middle is told last.
 
     A second call with the same inputs does nothing. With other inputs it raises a UserError that says what differs,
     unless `overwrite` removes what is there.
@@ -58,17 +60,22 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
     if max_skipped < 0 or shard_tokens < 1 or (workers is not None and workers < 1):
         raise UserError(f"max_skipped = {max_skipped} must not be negative, shard_tokens = {shard_tokens} and "
                         f"workers = {workers} must be at least 1")
+    if not 0 <= fim_rate <= 1:
+        raise UserError(f"fim_rate = {fim_rate} must lie between 0 and 1: the share of texts whose middle is told last")
+    if fim_rate:
+        fim.markers(tokenizer)
     out, files = Path(out), expand(paths)
     for file in files:
         check(file)
     inputs = {
         "schema": SCHEMA, "tokenizer_hash": tokenizer.hash(), "vocab_size": tokenizer.vocab_size,
         "template_hash": template_hash(), "heldout": heldout, "seed": seed, "shard_tokens": shard_tokens,
+        "fim_rate": fim_rate,
         "sources": [{"path": str(file), "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files],
     }
     if _already(out, inputs, overwrite):
         return Prepared(out, tokenizer=tokenizer)
-    encoder = Encoder(tokenizer, heldout, seed)
+    encoder = Encoder(tokenizer, heldout, seed, fim_rate)
     size = sum(source["bytes"] for source in inputs["sources"])
     workers = 1 if size < INLINE_BYTES else workers or os.cpu_count() or 1
     job = _Job(out, [str(file) for file in files], max_skipped, shard_tokens)

@@ -29,7 +29,8 @@ def decoding_step(model: LM, state: State) -> Step:
 
     Reads the weights as they are now: make a new one after training on.
     """
-    if not torch.is_autocast_enabled(model.embed.weight.device.type) and all(known(block) for block in model.blocks):
+    plain = not torch.is_autocast_enabled(model.embed.weight.device.type) and model.place is None
+    if plain and type(model.norm) is RMSNorm and all(known(block) for block in model.blocks):
         return FlatStep(model, state)
     return lambda ids, positions: model(ids[:, None], positions, state).hidden[:, 0]
 
@@ -38,7 +39,11 @@ def known(block: Block) -> bool:
     """Whether `FlatStep` computes what this block does: exactly these classes, with no hooks and no adapters."""
     parts = {block.mixer: GQA, block.ffn: SwiGLU, block.mixer_norm: RMSNorm, block.ffn_norm: RMSNorm}
     mixer, ffn = block.mixer, block.ffn
-    if type(block) is not Block or any(type(part) is not kind for part, kind in parts.items()):
+    if type(block) is not Block or block.placement != "pre" or any(
+            type(part) is not kind for part, kind in parts.items()):
+        return False
+    rope = mixer.config.rope
+    if rope is None or rope.interleaved or rope.depends_on_length:
         return False
     linears = (mixer.q, mixer.k, mixer.v, mixer.o, ffn.gate, ffn.up, ffn.down)
     return all(type(linear) is Linear for linear in linears) and not any(
@@ -80,7 +85,7 @@ class FlatStep:
             qk = torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin).to(dtype)      # (B, H + G, K)
             k, v = memory.append(k=qk[:, None, H:], v=qkv[:, None, H + G:])       # (B, S, G, K)
             y = F.scaled_dot_product_attention(qk[:, :H].view(B, G, H // G, K), k.transpose(1, 2), v.transpose(1, 2),
-                                               attn_mask=layout.mask)             # (B, G, H / G, K)
+                                               attn_mask=layout.views[c.window].mask)    # (B, G, H / G, K)
             x.add_(product(y.reshape(B, H * K), o))
             h = ffn_norm(x).to(dtype)
             x.add_(product(F.silu(product(h, gate)).mul_(product(h, up)), down))

@@ -1,7 +1,9 @@
-"""From one model directory to another, and the proof that the copy computes the same.
+"""From one form of a model to another, and the proof that the copy computes the same.
 
-The proof runs both directories as they lie on disk: the same ids must give the same logits. A change of dtype rounds
-the weights, so the copy is held against the source rounded alike, and the rounding's own effect is reported.
+The source may be any model directory that we read, or a bare state dict of MiniMind; the target is a directory of the
+family that is asked for, or a GGUF file. The proof runs both as they lie on disk: the same ids must give the same
+logits. A change of dtype rounds the weights, so the copy is held against the source rounded alike, and the rounding's
+own effect is reported.
 """
 from __future__ import annotations
 
@@ -12,16 +14,19 @@ import torch
 from torch import Tensor
 
 from mindseed.base.errors import UserError
-from mindseed.interop.directory import DTYPES, SAMPLING, Loaded, load_directory, save_directory
-from mindseed.interop.qwen3 import RULES
-from mindseed.interop.rules import to_theirs
+from mindseed.interop import minimind
+from mindseed.interop.directory import SAMPLING, Loaded, load_directory, names_in, save_directory
+from mindseed.interop.families import family_of, named
+from mindseed.interop.weights import DTYPES
+from mindseed.tokenizers.hf_json import load_tokenizer
 
 TOLERANCE = 1e-5
+PICKLES = (".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
-    """One tensor: its names here and there, its shape and dtypes."""
+    """One tensor: its names here and there, its shape there."""
 
     ours: str
     theirs: str
@@ -31,6 +36,8 @@ class Mapped:
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     mapped: list[Mapped]
+    source: str                       # what the source turned out to be
+    target: str
     before: torch.dtype
     after: torch.dtype
     difference: float                 # largest difference of logits, copy against source rounded alike
@@ -41,22 +48,58 @@ class Conversion:
         return self.difference <= TOLERANCE           # NaN is not good
 
 
-def convert(source: Path | str, target: Path | str, *, dtype: str | None = None, overwrite: bool = False) -> Conversion:
-    """Write `source` anew as `target` and compare the two. UserError if `target` exists, unless `overwrite`."""
+def convert(source: Path | str, target: Path | str, *, to: str | None = None, dtype: str | None = None,
+            tokenizer: str | None = None, overwrite: bool = False) -> Conversion:
+    """Write `source` anew as `target`, in the family `to` [the first that can hold it], and compare the two. UserError
+    if `target` exists, unless `overwrite`, or if that family cannot hold the model: nothing is approximated."""
+    source, target = Path(source), Path(target)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-    if Path(target).resolve() == Path(source).resolve():
+    if target.resolve() == source.resolve():
         raise UserError(f"{target} is the source itself; choose another place")
-    if Path(target).exists() and not overwrite:
+    if target.exists() and not overwrite:
         raise UserError(f"{target} exists already; choose another place or add --overwrite")
-    loaded = load_directory(source)
+    family = named(to) if to else None
+    loaded = read(source, tokenizer)
+    family = family or family_of(loaded.model.config)
     after = DTYPES[dtype] if dtype else loaded.dtype
     save_directory(loaded.model, loaded.tokenizer, target, info={"parent": str(source)} | loaded.info, dtype=after,
-                   chat_template=loaded.chat_template, sampling=loaded.sampling or SAMPLING)
-    mapped = [Mapped(ours=ours, theirs=theirs, shape=tuple(loaded.model.state_dict()[ours].shape))
-              for ours, theirs in to_theirs(RULES, loaded.model.state_dict()).items()]
+                   chat_template=loaded.chat_template, sampling=loaded.sampling or SAMPLING, family=family)
+    names = names_in(family, loaded.model.config, {
+        name: x for name, x in loaded.model.state_dict().items()
+        if not name.startswith("mtp.") or family is None or family.layout.has_mtp})
+    shapes = {name: tuple(x.shape) for name, x in loaded.model.state_dict().items()}
+    mapped = [Mapped(ours=ours, theirs=name, shape=shapes[ours][len(theirs) > 1:])
+              for ours, theirs in names.items() for name in theirs]
     difference, rounding = compare(loaded, load_directory(target), after)
-    return Conversion(mapped=mapped, before=loaded.dtype, after=after, difference=difference, rounding=rounding)
+    return Conversion(mapped=mapped, before=loaded.dtype, after=after, difference=difference, rounding=rounding,
+                      source=loaded.family.name if loaded.family else "mindseed",
+                      target=family.name if family else "mindseed")
+
+
+def read(source: Path, tokenizer: str | None) -> Loaded:
+    """Whatever the source is."""
+    if source.is_file() and source.suffix in PICKLES:
+        model, family, stored = minimind.load_state_dict(source)
+        return Loaded(model=model, tokenizer=load_tokenizer(Path(tokenizer) if tokenizer else beside(source)),
+                      dtype=stored, family=family)
+    if source.is_file():
+        raise UserError(f"{source} is a file of a kind that is not read; give a model directory or a state dict "
+                        f"({', '.join(PICKLES)})")
+    if tokenizer is not None:
+        raise UserError(f"tokenizer={tokenizer} has no effect: {source} is a directory and has its own")
+    return load_directory(source)
+
+
+def beside(source: Path) -> Path:
+    """Where the tokenizer of a bare state dict lies: beside it, or, as MiniMind has it, in `model` next to its folder.
+    """
+    places = [source.parent, source.parent.parent / "model", source.parent / "model"]
+    for place in places:
+        if (place / "tokenizer.json").exists():
+            return place
+    raise UserError(f"{source} has no tokenizer beside it; say where it is with --tokenizer DIR (the folder of "
+                    "tokenizer.json)")
 
 
 @torch.inference_mode()
@@ -73,3 +116,5 @@ def compare(source: Loaded, copy: Loaded, dtype: torch.dtype) -> tuple[float, fl
 
 def logits(loaded: Loaded, ids: Tensor) -> Tensor:
     return loaded.model(ids, torch.arange(ids.shape[1]).expand_as(ids)).logits()
+
+

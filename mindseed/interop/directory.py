@@ -1,7 +1,8 @@
 """The model directory: the one form in which a model lies on disk, and at once a Hugging Face directory.
 
     config.json              the architecture, as transformers, vLLM and the converters of llama.cpp read it
-    model.safetensors        the weights, under that architecture's names
+    model.safetensors        the weights, under that architecture's names (or shards of them, with an index)
+    mtp.safetensors          modules of multi-token prediction, where that architecture has no place for them
     tokenizer.json, tokenizer_config.json      the tokenizer and the chat template
     generation_config.json   the ids that end an answer, and how to sample
     mindseed.json            what only we know: the exact configuration, where the model comes from, and the hashes of
@@ -12,13 +13,12 @@ the answers.
 """
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,17 +26,20 @@ from mindseed import __version__
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, read_json, recover, write_json
 from mindseed.core import Tokenizer
-from mindseed.interop import qwen3
-from mindseed.interop.rules import read_names, write_names
-from mindseed.models.config import LMConfig, config_from_dict, config_to_dict
+from mindseed.interop.families import NATIVE, family_in, family_of
+from mindseed.interop.family import Family
+from mindseed.interop.rules import Names, read_names, read_tensors, translate, write_names
+from mindseed.interop.weights import DTYPES, TensorFiles, save_tensors, weight_files
+from mindseed.models.config import LMConfig, config_from_dict, config_to_dict, without_training
 from mindseed.models.lm import LM
 from mindseed.tokenizers.base import BOS, EOS, PAD
 from mindseed.tokenizers.chat import JINJA, template_hash
 from mindseed.tokenizers.hf_json import load_tokenizer, save_tokenizer
 
 FORMAT = 1                                        # of mindseed.json
+MTP_FILE = "mtp.safetensors"
+MAX_SHARD = 5 << 30                               # bytes of one file of weights
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Loaded:
     chat_template: str | None = None              # Jinja
     template_hash: str | None = None              # of the chat format it was trained with; None: a foreign directory
     dtype: torch.dtype | None = None              # of the weights in the file
+    family: Family | None = None                  # None: our own layout
 
     @property
     def speaks_our_chat(self) -> bool:
@@ -62,27 +66,37 @@ class Loaded:
 
 def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info: dict[str, Any] | None = None,
                    dtype: torch.dtype | None = None, chat_template: str | None = JINJA,
-                   sampling: dict[str, Any] = SAMPLING) -> Path:
+                   sampling: dict[str, Any] = SAMPLING, family: Family | None = None,
+                   max_shard: int = MAX_SHARD) -> Path:
     """Write a model directory, wholly or not at all. `dtype` is that of the weights in the file [the model's].
 
     `info` (parent, data, seed, metrics: plain JSON) is kept in mindseed.json. `chat_template` and `sampling` go where
-    others look for them; only a model trained with our own template is marked as such. UserError if the architecture
-    has no published layout or the tokenizer needs more ids than the model has.
+    others look for them; only a model trained with our own template is marked as such. `family` is by default the
+    first that can hold the model, else our own layout. `max_shard` are the bytes of one file of weights. UserError if
+    `family` cannot hold the model or the tokenizer needs more ids than the model has.
     """
     folder, config = Path(folder), model.config
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
-    dtype = dtype or model.embed.weight.dtype
+    dtype, family = dtype or model.embed.weight.dtype, family or family_of(config)
     specials = {"bos": tokenizer.specials.get(BOS), "eos": tokenizer.specials.get(EOS),
                 "pad": tokenizer.specials.get(PAD)}
-    data = qwen3.to_json(config, dtype=str(dtype).removeprefix("torch."), specials=specials)
+    word = str(dtype).removeprefix("torch.")
+    data = family.to_json(config, dtype=word, specials=specials) if family else {
+        "architectures": ["MindseedForCausalLM"], "model_type": NATIVE, "dtype": word,
+        **{f"{name}_token_id": id for name, id in specials.items()}}
     tensors = {name: x.detach().to(device="cpu", dtype=dtype, copy=False).contiguous()
                for name, x in model.state_dict().items()}
+    ahead = {name: x for name, x in tensors.items() if name.startswith("mtp.")}
+    if family and not family.layout.has_mtp:
+        tensors = {name: x for name, x in tensors.items() if name not in ahead}
     stop_ids = [specials[name] for name in ("eos", "pad") if specials[name] is not None]
     generation = {"bos_token_id": specials["bos"], "eos_token_id": stop_ids or None, "pad_token_id": specials["pad"]}
     with atomic(folder) as temp:
         temp.mkdir()
         write_json(temp / "config.json", data)
-        save_file(write_names(qwen3.RULES, tensors), temp / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(write_names(names_in(family, config, tensors), tensors), temp, max_shard=max_shard)
+        if ahead.keys() - tensors.keys():
+            save_file(ahead, temp / MTP_FILE, metadata={"format": "pt"})
         save_tokenizer(tokenizer, temp, chat_template=chat_template, max_len=config.seq_len)
         write_json(temp / "generation_config.json",
                    {key: value for key, value in generation.items() if value is not None} | sampling)
@@ -92,29 +106,32 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
     return folder
 
 
+def names_in(family: Family | None, config: LMConfig, tensors: Mapping[str, Any]) -> Names:
+    """Our names to theirs; in our own layout they stay as they are."""
+    shapes = {name: x.shape for name, x in tensors.items()}
+    return translate(family.layout, config, shapes) if family else {name: [name] for name in shapes}
+
+
 # ------------------------------------------------------------------------------------------------------------ loading
 
 def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
                    device: torch.device | str = "cpu") -> Loaded:
-    """Read a model directory, ours or another's Qwen3; the model is in eval mode, its parameters in `dtype`.
+    """Read a model directory, ours or another's; the model is in eval mode, its parameters in `dtype`.
 
     UserError, naming file and remedy, for whatever is missing, truncated, foreign or does not fit together.
     """
     folder = require_folder(recover(Path(folder)))
     data = read_json(folder / "config.json")
-    config = qwen3.from_json(data, str(folder / "config.json"))
     ours = read_json(folder / "mindseed.json") if (folder / "mindseed.json").exists() else {}
-    config = exact_config(config, ours, folder)
+    family, config = read_config(data, ours, folder)
     tokenizer = load_tokenizer(folder)
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
     if ours.get("tokenizer_hash", tokenizer.hash()) != tokenizer.hash():
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer this model was trained with: its hash "
                         "is not that in mindseed.json. Restore the file.")
-    with torch.device("meta"):
-        model = LM(config)
-    stored = load_weights(model, folder, dtype, device)
+    model, stored = load_weights(family, config, folder, dtype, device)
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
-    return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored,
+    return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored, family=family,
                   stop_ids=stop_ids(generation, data), chat_template=read_template(folder),
                   template_hash=ours.get("template_hash"),
                   sampling={k: generation[k] for k in ("do_sample", "temperature", "top_p", "top_k", "min_p",
@@ -133,18 +150,29 @@ def require_folder(folder: Path) -> Path:
     return folder
 
 
-def exact_config(config: LMConfig, ours: dict[str, Any], folder: Path) -> LMConfig:
-    """What mindseed.json says, once it agrees with config.json in everything that config.json can say."""
-    if "config" not in ours:
-        return config
-    try:
-        exact = config_from_dict(ours["config"])
-    except UserError as error:
-        raise UserError(f"{folder / 'mindseed.json'}: {error}") from None
-    if not isinstance(exact, LMConfig) or replace(exact, dropout=0.0) != config:
+def read_config(data: dict[str, Any], ours: dict[str, Any], folder: Path) -> tuple[Family | None, LMConfig]:
+    """(family, configuration): mindseed.json's, once it agrees with config.json in all that config.json can say."""
+    exact = None
+    if "config" in ours:
+        try:
+            exact = config_from_dict(ours["config"])
+        except UserError as error:
+            raise UserError(f"{folder / 'mindseed.json'}: {error}") from None
+    if data.get("model_type") == NATIVE:
+        if not isinstance(exact, LMConfig):
+            raise UserError(f"{folder} is in this project's own layout and needs its mindseed.json; restore the file")
+        return None, exact
+    family = family_in(data, str(folder / "config.json"))
+    config = family.from_json(data, str(folder / "config.json"))
+    if exact is None:
+        return family, config
+    told = without_training(exact) if isinstance(exact, LMConfig) else None
+    if told is not None and not family.layout.has_mtp:
+        told = replace(told, mtp=())
+    if told != config:
         raise UserError(f"{folder}: config.json and mindseed.json describe different models; restore the one that was "
                         "changed, or delete mindseed.json to go by config.json alone")
-    return exact
+    return family, exact
 
 
 def require_vocabulary(tokens: int, rows: int, where: str) -> None:
@@ -169,67 +197,40 @@ def read_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def load_weights(model: LM, folder: Path, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """Fill a model made on the meta device from the directory's files; returns the dtype that was stored."""
+def load_weights(family: Family | None, config: LMConfig, folder: Path, dtype: torch.dtype,
+                 device: torch.device | str) -> tuple[LM, torch.dtype]:
+    """(the model, filled from the directory's files; the dtype that was stored)."""
     with TensorFiles(weight_files(folder)) as tensors:
+        if family and config.mtp and not family.layout.has_mtp and not (folder / MTP_FILE).exists():
+            raise UserError(f"{folder / MTP_FILE} is missing, which holds the modules that predict further tokens; "
+                            "restore it, or delete mindseed.json to do without")
+        if family and family.layout.has_mtp and config.mtp and not any(
+                name.startswith(family.layout.layer.format(i=len(config.layers))) for name in tensors.shapes):
+            config = replace(config, mtp=())      # promised in config.json, as by default, and not kept
+        with torch.device("meta"):
+            model = LM(config)
+        here = {name: x.shape for name, x in model.state_dict().items()}
+        apart = {name for name in here if name.startswith("mtp.") and family and not family.layout.has_mtp}
+        here = {name: shape for name, shape in here.items() if name not in apart}
+        names = translate(family.layout, config, here) if family else {name: [name] for name in here}
         shapes = dict(tensors.shapes)
-        twice = model.config.tied and shapes.pop("lm_head.weight", None) is not None   # some writers store it as well
-        names = read_names(qwen3.RULES, shapes, {name: x.shape for name, x in model.state_dict().items()}, str(folder))
-        state = {ours: tensors(theirs).to(device=device, dtype=dtype) for ours, theirs in names.items()}
+        twice = family and config.tied and shapes.pop("lm_head.weight", None) is not None      # some store it as well
+        read_names(names, here, shapes, str(folder))
+        state = {name: x.to(device=device, dtype=dtype) for name, x in read_tensors(names, tensors)}
+        embed = tensors(names["embed.weight"][0])
         if twice:
-            check_copy(tensors("lm_head.weight"), tensors(names["embed.weight"]), folder)
-        stored = tensors(names["embed.weight"]).dtype
+            check_copy(tensors("lm_head.weight"), embed, folder)
+    if apart:
+        with TensorFiles([folder / MTP_FILE]) as more:
+            expected = {name: x.shape for name, x in model.state_dict().items() if name in apart}
+            read_names({name: [name] for name in apart}, expected, more.shapes, str(folder / MTP_FILE))
+            state |= {name: more(name).to(device=device, dtype=dtype) for name in apart}
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(True)
-    return stored
+    return model, embed.dtype
 
 
 def check_copy(head: Tensor, embed: Tensor, folder: Path) -> None:
     if not torch.equal(head, embed):
         raise UserError(f"{folder}: config.json says tie_word_embeddings, but lm_head.weight differs from "
                         "model.embed_tokens.weight; set tie_word_embeddings to false in config.json")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json names."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pth"))
-        why = f"; {other[0]} is a pickle, which is not read: convert it to safetensors" if other else ""
-        raise UserError(f"{folder} has no model.safetensors{why}")
-    files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if gone := [file.name for file in files if not file.exists()]:
-        raise UserError(f"{index} names {', '.join(gone)}, which {'is' if len(gone) == 1 else 'are'} not there")
-    return files
-
-
-class TensorFiles:
-    """Several safetensors files as one: `shapes` of all tensors, and a call that reads one of them."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-        self.home: dict[str, Any] = {}            # name -> the open file that holds it
-        self.shapes: dict[str, torch.Size] = {}
-
-    def __enter__(self) -> TensorFiles:
-        with contextlib.ExitStack() as stack:
-            for file in self.files:
-                try:
-                    opened = stack.enter_context(safe_open(file, framework="pt"))
-                except (SafetensorError, OSError) as error:
-                    raise UserError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from None
-                for name in opened.keys():
-                    self.home[name], self.shapes[name] = opened, torch.Size(opened.get_slice(name).get_shape())
-            self.stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stack.close()
-
-    def __call__(self, name: str) -> Tensor:
-        x = self.home[name].get_tensor(name)
-        if x.dtype not in DTYPES.values():
-            raise UserError(f"{name} is stored as {x.dtype}; only weights in {', '.join(DTYPES)} can be read")
-        return x

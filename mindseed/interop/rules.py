@@ -1,83 +1,115 @@
 """Renaming tensors between two layouts by one list of rules, read both ways.
 
-A rule is a pair of name patterns, ours and theirs, in which `{i}` stands for a layer's number. Because the same list
-renames in both directions, a writer and a reader cannot drift apart. Reading is strict: every tensor of the model
-must come, nothing else may, and shapes must agree; a file that almost fits is the kind of fault nobody finds later.
+A rule is a pair of names, ours and theirs, within a layer. A layout says which rules hold for which kind of mixer and
+feed-forward, so that a model's configuration gives the whole table of names. `{e}` in their name stands for an expert:
+we stack what they keep one by one. Because the same table is used to write and to read, a writer and a reader cannot
+drift apart. Reading is strict: every tensor of the model must come, nothing else may, and shapes must agree; a file
+that almost fits is the kind of fault nobody finds later.
 """
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from mindseed.base.errors import UserError
+from mindseed.models.config import LayerConfig, LMConfig
 
 SHOWN = 8                                         # names listed per kind of problem
+Names = dict[str, list[str]]                      # our name -> theirs: one, or one per expert
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a rule list: `Rule("blocks.{i}.mixer.q.weight", "model.layers.{i}.self_attn.q_proj.weight")`."""
+    """One line of a rule list: `Rule("q.weight", "self_attn.q_proj.weight")`."""
 
     ours: str
     theirs: str
 
-    def __post_init__(self) -> None:
-        assert self.ours.count("{i}") == self.theirs.count("{i}") <= 1, f"{self} cannot be read both ways"
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All names of one family."""
+
+    top: list[Rule]
+    block: list[Rule]                             # of every layer, as `blocks.<i>.<ours>`
+    mixers: dict[type, list[Rule]]                # by the kind of mixer, as `blocks.<i>.mixer.<ours>`
+    ffns: dict[type, list[Rule]]                  # by the kind of feed-forward, as `blocks.<i>.ffn.<ours>`
+    ahead: list[Rule] = field(default_factory=list)           # of a module of multi-token prediction
+    layer: str = "model.layers.{i}."              # before their names; prediction modules are layers after the last
+
+    @property
+    def has_mtp(self) -> bool:
+        return bool(self.ahead)
+
+    def pairs(self, config: LMConfig) -> Iterator[tuple[str, str]]:
+        """(our name, theirs) of everything a model of this configuration could have."""
+        yield from ((rule.ours, rule.theirs) for rule in self.top)
+        for i, layer in enumerate(config.layers):
+            yield from self.of_block(f"blocks.{i}.", layer, i)
+        for k, layer in enumerate(config.mtp if self.has_mtp else ()):
+            i = len(config.layers) + k
+            yield from ((f"mtp.{k}.{rule.ours}", self.layer.format(i=i) + rule.theirs) for rule in self.ahead)
+            yield from self.of_block(f"mtp.{k}.block.", layer, i)
+
+    def of_block(self, prefix: str, layer: LayerConfig, i: int) -> Iterator[tuple[str, str]]:
+        parts = (("", self.block), ("mixer.", self.mixers.get(type(layer.mixer), [])),
+                 ("ffn.", self.ffns.get(type(layer.ffn), [])))
+        for part, rules in parts:
+            yield from ((prefix + part + rule.ours, self.layer.format(i=i) + rule.theirs) for rule in rules)
 
 
-def to_theirs(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, str]:
-    """{our name: their name}; names without a rule are left out."""
-    return rename([(rule.ours, rule.theirs) for rule in rules], names)
+def translate(layout: Layout, config: LMConfig, shapes: Mapping[str, torch.Size]) -> Names:
+    """{our name: their names} of a model's tensors, given their shapes. UserError if the layout cannot hold one."""
+    table = dict(layout.pairs(config))
+    if left := [name for name in shapes if name not in table]:
+        raise UserError(f"this layout has no place for {listed(left)}")
+    names = {name: [table[name].replace("{e}", str(e)) for e in range(shape[0] if "{e}" in table[name] else 1)]
+             for name, shape in shapes.items()}
+    flat = [name for theirs in names.values() for name in theirs]
+    assert len(set(flat)) == len(flat), "two of our tensors have one name there"
+    return names
 
 
-def to_ours(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, str]:
-    """{their name: our name}; names without a rule are left out."""
-    return rename([(rule.theirs, rule.ours) for rule in rules], names)
-
-
-def rename(pairs: list[tuple[str, str]], names: Iterable[str]) -> dict[str, str]:
-    """The patterns of `pairs` applied to whole names."""
-    patterns = [(re.compile(re.escape(a).replace(r"\{i\}", r"(0|[1-9]\d*)")), b) for a, b in pairs]
+def write_names(names: Names, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under their names, stacks of experts taken apart."""
     out = {}
-    for name in names:
-        hits = [(match, b) for pattern, b in patterns if (match := pattern.fullmatch(name))]
-        assert len(hits) <= 1, f"{name} matches several rules"
-        for match, b in hits:
-            out[name] = b.replace("{i}", match[1]) if match.groups() else b
+    for ours, theirs in names.items():
+        pieces = tensors[ours].unbind() if stacked(theirs) else [tensors[ours]]
+        out |= {name: piece.contiguous() for name, piece in zip(theirs, pieces, strict=True)}
     return out
 
 
-def write_names(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under their names. Raises UserError if a tensor has no rule: the layout cannot hold it."""
-    names = to_theirs(rules, tensors)
-    if left := [name for name in tensors if name not in names]:
-        raise UserError(f"this layout has no place for {listed(left)}")
-    return {names[name]: tensor for name, tensor in tensors.items()}
+def read_names(names: Names, expected: Mapping[str, torch.Size], there: Mapping[str, torch.Size],
+               where: str) -> None:
+    """Check that a file holds exactly the tensors of a model.
 
-
-def read_names(rules: Iterable[Rule], shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size],
-               where: str) -> dict[str, str]:
-    """{our name: their name} for every tensor of the model.
-
-    `shapes` are those of their tensors, `expected` those of ours. One UserError names all that is missing,
-    unexpected or wrongly shaped, in their names.
+    `expected` are the shapes of ours, `there` those of theirs. One UserError names all that is missing, unexpected or
+    wrongly shaped, in their names.
     """
-    ours, theirs = to_ours(rules, shapes), to_theirs(rules, expected)
-    assert len(theirs) == len(expected), f"no rule for {sorted(set(expected) - set(theirs))}"
-    missing = [theirs[name] for name in expected if theirs[name] not in shapes]
-    unexpected = [name for name in shapes if ours.get(name) not in expected]
-    wrong = [f"{theirs[name]} is {list(shapes[theirs[name]])} instead of {list(shape)}"
-             for name, shape in expected.items()
-             if theirs[name] in shapes and tuple(shapes[theirs[name]]) != tuple(shape)]
-    if problems := [f"{len(names)} {kind}: {listed(names)}" for kind, names in
-                    (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)) if names]:
+    shapes = {name: expected[ours][1:] if stacked(theirs) else expected[ours]
+              for ours, theirs in names.items() for name in theirs}
+    missing = [name for name in shapes if name not in there]
+    unexpected = [name for name in there if name not in shapes]
+    wrong = [f"{name} is {list(there[name])} instead of {list(shape)}" for name, shape in shapes.items()
+             if name in there and tuple(there[name]) != tuple(shape)]
+    if problems := [f"{len(found)} {kind}: {listed(found)}" for kind, found in
+                    (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)) if found]:
         raise UserError(f"{where} does not hold the tensors that its config.json describes; {'; '.join(problems)}. "
                         "Restore the file, or the config.json that belongs to it.")
-    return theirs
+
+
+def stacked(theirs: list[str]) -> bool:
+    """Whether our tensor is theirs stacked: a model may have a single expert."""
+    return len(theirs) > 1 or ".experts.0." in theirs[0]
+
+
+def read_tensors(names: Names, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor), experts stacked, from a function that reads one of theirs."""
+    for ours, theirs in names.items():
+        yield ours, torch.stack([read(name) for name in theirs]) if stacked(theirs) else read(theirs[0])
 
 
 def listed(names: list[str]) -> str:

@@ -2,16 +2,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from mindseed.base.errors import UserError
-from mindseed.nn.ffn import SwiGLUConfig
+from mindseed.nn.alibi import AlibiConfig
+from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
-from mindseed.nn.rope import RopeConfig
+from mindseed.nn.linear_attention import DeltaConfig
+from mindseed.nn.mla import MLAConfig
+from mindseed.nn.moe import MoEConfig
+from mindseed.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 
-MixerConfig = GQAConfig
-FFNConfig = SwiGLUConfig
+MixerConfig = GQAConfig | MLAConfig | DeltaConfig
+FFNConfig = SwiGLUConfig | MLPConfig | MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,13 @@ class LMConfig:
     layers: tuple[LayerConfig, ...]
     seq_len: int = 512
     tied: bool = True                     # the head shares the embedding's matrix (1608.05859)
+    norm: Literal["rms", "layer"] = "rms"
+    placement: Literal["pre", "post", "sandwich"] = "pre"     # where a block normalises, see lm.py
+    learned_positions: bool = False       # a vector per position up to seq_len, added to the embedding (1706.03762)
     norm_eps: float = 1e-6
     dropout: float = 0.0                  # on the embedding and on what every mixer and feed-forward adds
+    mtp: tuple[LayerConfig, ...] = field(default=())          # one block per further token predicted, see mtp.py
+    mtp_weight: float = 0.3               # of their mean loss
 
     def __post_init__(self) -> None:
         if min(self.vocab_size, self.dim, self.seq_len) < 1 or not self.layers:
@@ -38,9 +47,37 @@ class LMConfig:
                              f"layers ({len(self.layers)}) must all be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.mtp_weight < 0:
+            raise ValueError(f"mtp_weight={self.mtp_weight} must not be negative")
+        if any(isinstance(layer.mixer, DeltaConfig) for layer in self.mtp):
+            raise ValueError("mtp: a module that drafts a token must be able to forget it; linear attention cannot")
 
 
-KINDS = {kind.__name__: kind for kind in (LMConfig, LayerConfig, GQAConfig, SwiGLUConfig, RopeConfig)}
+KINDS = {kind.__name__: kind for kind in (
+    LMConfig, LayerConfig, GQAConfig, MLAConfig, DeltaConfig, SwiGLUConfig, MLPConfig, MoEConfig, RopeConfig,
+    AlibiConfig, LinearScaling, DynamicScaling, YarnScaling, Llama3Scaling)}
+
+
+def without_training(config: LMConfig) -> LMConfig:
+    """The same model with everything at its default that matters in training alone: what a foreign format, which
+    has no place for it, gives back."""
+    def plain(layer: LayerConfig) -> LayerConfig:
+        if not isinstance(layer.ffn, MoEConfig):
+            return layer
+        knobs = {"bias_rate", "balance_weight", "sequence_weight", "z_weight"}
+        defaults = {f.name: f.default for f in dataclasses.fields(MoEConfig) if f.name in knobs}
+        return dataclasses.replace(layer, ffn=dataclasses.replace(layer.ffn, **defaults))
+
+    return dataclasses.replace(config, dropout=0.0, mtp_weight=LMConfig.mtp_weight,
+                               layers=tuple(map(plain, config.layers)), mtp=tuple(map(plain, config.mtp)))
+
+
+def untrainable(config: LMConfig) -> str | None:
+    """Why this model runs but must not be trained, or None."""
+    for i, layer in enumerate((*config.layers, *config.mtp)):
+        if isinstance(layer.ffn, MoEConfig) and layer.ffn.untrainable:
+            return f"layer {i}: {layer.ffn.untrainable}"
+    return None
 
 
 def config_to_dict(config: Any) -> Any:

@@ -1,8 +1,4 @@
-"""The decoder-only language model: embed, pass through blocks, normalise; the head is applied by whoever needs it.
-
-A block is pre-norm (2002.04745): x + mixer(norm(x)), then x + ffn(norm(x)). What the mixer and the feed-forward are
-is looked up by the type of their configs.
-"""
+"""The decoder-only language model: embed, pass through blocks, normalise; the head is applied by whoever needs it."""
 from __future__ import annotations
 
 import math
@@ -13,31 +9,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mindseed.base.hardware import fast_bfloat16
-from mindseed.core import LayerState, Output, State, StateSpec
-from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.core import Output, State, StateSpec
+from mindseed.models.block import Aux, Block
+from mindseed.models.config import LMConfig
+from mindseed.models.mtp import MTPModule, tokens_ahead
 from mindseed.nn.attend import Kernel, Layout
 from mindseed.nn.blocked import BlockedAttention
-from mindseed.nn.ffn import FFNS
-from mindseed.nn.gqa import MIXERS
 from mindseed.nn.linear import Linear, product_dtype
-from mindseed.nn.norm import RMSNorm
-
-
-class Block(nn.Module):
-    def __init__(self, config: LMConfig, layer: LayerConfig) -> None:
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer = MIXERS[type(layer.mixer)](config.dim, layer.mixer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = FFNS[type(layer.ffn)](config.dim, layer.ffn)
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor, layout: Layout, state: LayerState | None = None) -> Tensor:
-        x = x + self.drop(self.mixer(self.mixer_norm(x), layout, state))
-        return x + self.drop(self.ffn(self.ffn_norm(x)))
-
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+from mindseed.nn.linear_attention import DeltaNet
+from mindseed.nn.moe import ExpertLinear
+from mindseed.nn.norm import NORMS, LayerNorm, RMSNorm
 
 
 class LM(nn.Module):
@@ -50,34 +31,53 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.place = nn.Embedding(config.seq_len, config.dim) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.head = None if config.tied else Linear(config.dim, config.vocab_size, role="column")
+        self.mtp = nn.ModuleList(MTPModule(config, layer) for layer in config.mtp)
         self.recompute = False
         self.attention: Kernel = BlockedAttention.apply
         self.reset_parameters()
 
     def forward(self, ids: Tensor, positions: Tensor, state: State | None = None) -> Output:
-        layout = self.layout(positions, state)
+        layout, aux = self.layout(positions, state), {}
         x = self.embed(ids)                                                       # (B, T, D)
+        if self.place is not None:
+            x = x + self.place(positions.clamp_min(0))
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
         for i, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, use_reentrant=False)
-            else:
-                x = block(x, layout, None if state is None else state.layer(i))
-        return Output(hidden=self.norm(x), head=(self.head or self.embed).weight, dtype=product_dtype(x))
+            x = self.run(block, aux, x, layout, None if state is None else state.layer(i))
+        hidden = self.norm(x)
+        further = self.look_ahead(hidden, ids, layout, aux) if self.training else ()
+        return Output(hidden=hidden, head=(self.head or self.embed).weight, dtype=product_dtype(x), aux=aux,
+                      further=further, further_weight=self.config.mtp_weight)
+
+    def run(self, block: nn.Module, aux: Aux, *inputs) -> Tensor:
+        """A block, recomputed in the backward pass if asked for; its auxiliary losses are added to `aux`."""
+        if self.recompute and torch.is_grad_enabled():
+            x, found = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            x, found = block(*inputs)
+        for name, value in found.items():
+            aux[name] = aux.get(name, 0) + value
+        return x
+
+    def look_ahead(self, hidden: Tensor, ids: Tensor, layout: Layout, aux: Aux) -> tuple[Tensor, ...]:
+        """Hidden vectors (B, T, D) that predict 2, 3, ... tokens ahead, one per module of multi-token prediction."""
+        further = []
+        for distance, module in enumerate(self.mtp, start=1):
+            hidden = self.run(module, aux, hidden, self.embed(tokens_ahead(ids, distance)), layout)
+            further.append(hidden)
+        return tuple(further)
 
     def layout(self, positions: Tensor, state: State | None) -> Layout:
         """Masks and rotary tables for this batch, made once for all layers."""
-        if state is None:
-            layout = Layout.training(positions, self.attention)
-        else:
-            layout = Layout.decoding(positions, state.begin(positions))
+        layout = Layout(positions, None if state is None else state.begin(positions), kernel=self.attention)
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
-        for layer in self.config.layers:
-            layout.add_rotary(layer.mixer.rope, layer.mixer.head_dim, dtype)
+        for block in (*self.blocks, *(module.block for module in self.mtp if self.training)):
+            block.mixer.add_to(layout, dtype)
         return layout
 
     def compile_blocks(self) -> None:
@@ -99,11 +99,17 @@ class LM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 0.02, generator=generator)
-            elif isinstance(module, Linear):
+            elif isinstance(module, (Linear, ExpertLinear)):
                 scale = 1 / math.sqrt(2 * len(self.blocks)) if module.role == "row" else 1.0
                 module.weight.normal_(0, scale / math.sqrt(module.in_features), generator=generator)
-            elif isinstance(module, RMSNorm):
+            elif isinstance(module, (RMSNorm, LayerNorm)):
                 module.weight.fill_(1)
+                if isinstance(module, LayerNorm):
+                    module.bias.zero_()
+            elif isinstance(module, DeltaNet):
+                module.reset_parameters(generator)
+            for buffer in module.buffers(recurse=False):                          # biases of routers
+                buffer.zero_()
 
 
 def build(config: LMConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> LM:

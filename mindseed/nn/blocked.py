@@ -9,7 +9,7 @@ query heads that share a key head are laid side by side as more query rows, so k
 """
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,44 +19,45 @@ from mindseed.nn.linear import scratch
 BLOCK = 64                                    # queries per block
 
 
-def key_ranges(positions: Tensor, block: int = BLOCK) -> list[tuple[int, int, int]]:
-    """(first query, stop, first key) of every block: the keys before the first one belong to finished documents.
+def key_ranges(positions: Tensor, window: int | None = None, block: int = BLOCK) -> list[tuple[int, int, int]]:
+    """(first query, stop, first key) of every block: the keys before the first one belong to finished documents, or
+    lie outside the window.
 
     positions (B, T) restart at 0 with every document.
     """
     T = positions.shape[1]
     zeros = torch.where(positions == 0, torch.arange(T), 0)
     first = zeros.cummax(1).values.amin(0).tolist()                               # where the oldest document began
-    return [(i, min(i + block, T), first[i]) for i in range(0, T, block)]
-
-
-def whole_ranges(length: int, block: int = BLOCK) -> list[tuple[int, int, int]]:
-    """The same for rows that are one document each."""
-    return [(i, min(i + block, length), 0) for i in range(0, length, block)]
+    return [(i, min(i + block, T), max(first[i], 0 if window is None else i - window + 1)) for i in range(0, T, block)]
 
 
 class BlockedAttention(torch.autograd.Function):
-    """q (B, T, H, K), k and v (B, T, G, K), mask (B, 1, T, T) or None for plain causal -> (B, T, H, K)."""
+    """q (B, T, H, K), k (B, T, G, K), v (B, T, G, V), mask (B, 1, T, T) or None for plain causal -> (B, T, H, V).
+
+    Scores are multiplied by `scale`; `window` limits how many keys a query sees (a mask has it in it already);
+    `slopes` (H,) are ALiBi's.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ranges: list) -> Tensor:
-        B, T, H, K = q.shape
-        G = k.shape[2]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ranges: list, scale: float,
+                window: int | None, slopes: Tensor | None) -> Tensor:
+        B, G = q.shape[0], k.shape[2]
         wide = torch.promote_types(q.dtype, torch.float32)
         qg, kg, vg = (by_group(x, G, wide, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-        y = scratch("y", qg.shape, wide)                                          # (B G, R, T, K)
+        score = Score(mask, scale, window, None if slopes is None else slopes.to(wide).view(G, -1).repeat(B, 1))
+        y = scratch("y", (*qg.shape[:3], v.shape[-1]), wide)                      # (B G, R, T, V)
         for i, stop, first in ranges:
-            p = probabilities(qg, kg, mask, i, stop, first)                       # (B G, R, t, s)
+            p = score.probabilities(qg, kg, i, stop, first)                       # (B G, R, t, s)
             y[:, :, i:stop] = multiply(p, vg[:, 0, first:stop])
-        out = q.new_empty(q.shape).copy_(from_groups(y, B))     # the projection that follows keeps the same memory
-        ctx.save_for_backward(q, k, v, out, mask)
-        ctx.ranges = ranges
+        out = q.new_empty(*q.shape[:3], v.shape[-1]).copy_(from_groups(y, B))     # whose memory the projection keeps
+        ctx.save_for_backward(q, k, v, out)
+        ctx.ranges, ctx.score = ranges, score
         return out
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        q, k, v, out, mask = ctx.saved_tensors
-        B, G, scale = q.shape[0], k.shape[2], 1 / math.sqrt(q.shape[-1])
+        q, k, v, out = ctx.saved_tensors
+        B, G, score = q.shape[0], k.shape[2], ctx.score
         wide = torch.promote_types(q.dtype, torch.float32)
         qg, kg, vg, gg = (by_group(x, G, wide, name) for x, name in ((q, "q"), (k, "k"), (v, "v"), (g, "g")))
         delta = by_group(out, G, wide, "y").mul_(gg).sum(-1, keepdim=True)        # (B G, R, T, 1)
@@ -64,26 +65,41 @@ class BlockedAttention(torch.autograd.Function):
         dk.zero_()
         dv.zero_()
         for i, stop, first in ctx.ranges:
-            p = probabilities(qg, kg, mask, i, stop, first)
+            p = score.probabilities(qg, kg, i, stop, first)
             gi = gg[:, :, i:stop]
             dv[:, 0, first:stop] += gather(p, gi)
-            ds = multiply(gi, vg[:, 0, first:stop].mT).sub_(delta[:, :, i:stop]).mul_(p).mul_(scale)
+            ds = multiply(gi, vg[:, 0, first:stop].mT).sub_(delta[:, :, i:stop]).mul_(p).mul_(score.scale)
             dq[:, :, i:stop] = multiply(ds, kg[:, 0, first:stop])
             dk[:, 0, first:stop] += gather(ds, qg[:, :, i:stop])
         dq, dk, dv = (x.new_empty(x.shape).copy_(from_groups(dx, B)) for x, dx in ((q, dq), (k, dk), (v, dv)))
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None, None, None
 
 
-def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, i: int, stop: int, first: int) -> Tensor:
-    """Softmax of the scaled and masked scores of queries i..stop over keys first..stop: (B G, R, t, s)."""
-    s = multiply(q[:, :, i:stop], k[:, 0, first:stop].mT).mul_(1 / math.sqrt(q.shape[-1]))
-    if mask is not None:
-        B = mask.shape[0]
-        s.view(B, -1, *s.shape[2:]).masked_fill_(~mask[:, :, i:stop, first:stop], -torch.inf)
-    else:                                                                         # only the last square is cut
+@dataclass(frozen=True)
+class Score:
+    """How scores become probabilities, the same forward and backward."""
+
+    mask: Tensor | None                           # (B, 1, T, T)
+    scale: float
+    window: int | None
+    slopes: Tensor | None                         # (B G, R)
+
+    def probabilities(self, q: Tensor, k: Tensor, i: int, stop: int, first: int) -> Tensor:
+        """Softmax of the scaled and masked scores of queries i..stop over keys first..stop: (B G, R, t, s)."""
+        s = multiply(q[:, :, i:stop], k[:, 0, first:stop].mT).mul_(self.scale)
+        if self.slopes is not None:
+            keys, queries = torch.arange(first, stop), torch.arange(i, stop)
+            s.add_(self.slopes[:, :, None, None] * (keys - queries[:, None]))
+        if self.mask is not None:
+            B = self.mask.shape[0]
+            s.view(B, -1, *s.shape[2:]).masked_fill_(~self.mask[:, :, i:stop, first:stop], -torch.inf)
+            return s.softmax(-1)
         future = torch.ones(stop - i, stop - i, dtype=torch.bool, device=s.device).triu_(1)
-        s[..., i - first:].masked_fill_(future, -torch.inf)
-    return s.softmax(-1)
+        s[..., i - first:].masked_fill_(future, -torch.inf)                       # only the last square is cut
+        if self.window is not None:
+            past = torch.ones(stop - i, stop - first, dtype=torch.bool, device=s.device)
+            s.masked_fill_(past.tril_(i - first - self.window), -torch.inf)
+        return s.softmax(-1)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

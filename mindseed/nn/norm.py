@@ -1,8 +1,9 @@
-"""Root-mean-square normalisation: divide by the length of the vector, no mean, no bias (RMSNorm, 1910.07467).
+"""Normalisation of the vectors that layers read. RMSNorm (1910.07467) divides by the root mean square, no mean, no
+bias; LayerNorm (1607.06450), the older one, takes the mean off first and adds a bias.
 
-Written as one autograd function: the plain expression makes five passes over memory forward and ten backward, and
-a small model on a CPU spends more time in such passes than in its matrix products. Forward keeps x and one number
-per vector; backward is the closed form
+RMSNorm is written as one autograd function: the plain expression makes five passes over memory forward and ten
+backward, and a small model on a CPU spends more time in such passes than in its matrix products. Forward keeps x and
+one number per vector; backward is the closed form
 
     dx = r * (w g - x * mean(w g x) * r^2),   dw = sum(g x r),   r = 1 / rms(x)
 """
@@ -24,6 +25,19 @@ class RMSNorm(nn.Module):
         if not torch.is_grad_enabled():
             return rms_norm(x, self.weight, self.eps).to(compute_dtype(x))
         return RMSNormFunction.apply(x, self.weight, self.eps, compute_dtype(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    """(..., dim) -> (..., dim), with weight and bias; under autocast the result has autocast's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(compute_dtype(x))
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

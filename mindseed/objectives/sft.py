@@ -1,12 +1,15 @@
 """Next-token cross entropy. Pretraining is the case where every weight is 1; fine-tuning weighs answers only.
 
 Two options: label smoothing (1512.00567) mixes the target with the uniform distribution, and z-loss (2204.02311)
-pulls the log partition function towards 0, which keeps logits from drifting in low precision.
+pulls the log partition function towards 0, which keeps logits from drifting in low precision. What layers ask for
+(auxiliary losses of a mixture of experts) and what looks further ahead (multi-token prediction) is added here, weighed
+like the tokens it stands at, so that prompts and padding count for nothing.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from mindseed.core import Batch, Output
@@ -32,10 +35,25 @@ class SFT:
         return batch.weights.sum()
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        counted = batch.weights != 0              # of a conversation often a fifth: the head is spared the rest
+        nll, total, metrics = *self.of_tokens(output, batch.targets, batch.weights), {}
+        for name, value in output.aux.items():
+            metrics[name] = (value * batch.weights).sum()
+            total = total + metrics[name]
+        for distance, hidden in enumerate(output.further, start=2):
+            targets, weights = further_ahead(batch, distance - 1)
+            ahead = self.of_tokens(replace(output, hidden=hidden, aux={}, further=()), targets, weights)[0]
+            total = total + output.further_weight / len(output.further) * ahead
+            metrics[f"nll_{distance}_ahead"] = ahead
+        if total is not nll:
+            metrics["nll"] = nll
+        return total, {name: value.detach() for name, value in metrics.items()}
+
+    def of_tokens(self, output: Output, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(negative log-likelihood, the same with smoothing and z-loss), summed by weight."""
+        counted = weights != 0                    # of a conversation often a fifth: the head is spared the rest
         output = output.at(counted)
-        logps, lse = output.logps_and_lse(batch.targets[counted][None])           # (1, n) each
-        weights = batch.weights[counted].to(logps.dtype)
+        logps, lse = output.logps_and_lse(targets[counted][None])                 # (1, n) each
+        weights = weights[counted].to(logps.dtype)
         nll = -(logps * weights).sum()
         total = nll
         if self.label_smoothing:
@@ -44,4 +62,14 @@ class SFT:
             total = (1 - self.label_smoothing) * nll + self.label_smoothing * ((lse - mean_logit) * weights).sum()
         if self.z_loss:
             total = total + self.z_loss * (lse.square() * weights).sum()
-        return total, {"nll": nll.detach()} if total is not nll else {}
+        return nll, total
+
+
+def further_ahead(batch: Batch, distance: int) -> tuple[Tensor, Tensor]:
+    """(targets, weights) for predicting `distance` tokens beyond the next one, (B, T) each: 0 where the document ends
+    before that."""
+    def ahead(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x[:, distance:], (0, min(distance, x.shape[1])))
+
+    same = ahead(batch.positions) == batch.positions + distance
+    return ahead(batch.targets), ahead(batch.weights) * same

@@ -16,7 +16,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)          # steep at 0, stays near 1: si
 
 
 class Muon(torch.optim.Optimizer):
-    """For 2-D parameters only. Matrices of one shape are stacked and orthogonalised in one batch of products.
+    """For matrices, and stacks of matrices (the experts of a mixture), each of which is orthogonalised by itself. Those
+    of one shape go through one batch of products.
 
     `params` may be tensors or groups; `momentum` is Nesterov's; weight decay is decoupled.
     """
@@ -27,7 +28,7 @@ class Muon(torch.optim.Optimizer):
                                   "iterations": iterations})
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim != 2:
+                if p.ndim not in (2, 3):
                     raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
@@ -51,8 +52,8 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])            # Nesterov: look one step ahead
-        updates = orthogonalise(torch.stack(ahead), group["iterations"])          # (n, rows, columns)
-        scale = 0.2 * max(params[0].shape) ** 0.5
+        updates = orthogonalise(torch.stack(ahead), group["iterations"])          # (n, ..., rows, columns)
+        scale = 0.2 * max(params[0].shape[-2:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
 

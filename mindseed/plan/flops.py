@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindseed.models.config import LMConfig
-from mindseed.nn.ffn import SwiGLUConfig
+from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
-from mindseed.plan.params import FFN_PARAMS, MIXER_PARAMS
+from mindseed.nn.linear_attention import CHUNK, DeltaConfig
+from mindseed.nn.mla import MLAConfig
+from mindseed.nn.moe import MoEConfig
+from mindseed.plan.params import layer_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,39 +43,73 @@ class Flops:
         return self.model + self.recompute
 
 
-def gqa_attention(c: GQAConfig, keys: float) -> float:
-    """Scores and weighted values of one query over `keys` keys."""
-    return 4 * keys * c.heads * c.head_dim
+def mean_keys(seq_len: int, window: int | None, causal: bool) -> float:
+    """How many keys a query of a row of `seq_len` tokens sees, on average."""
+    w = min(window or seq_len, seq_len)
+    if not causal:
+        return w
+    return w - w * (w - 1) / 2 / seq_len                     # the first w queries see 1, 2, ..., w, all others w
 
 
-def swiglu_last(dim: int, c: SwiGLUConfig) -> float:
-    """The product that ends a block: recomputation stops before it, for nothing reads its result backwards."""
-    return 2 * dim * c.ffn_dim
+def gqa_attention(c: GQAConfig, seq_len: int, causal: bool, decoding: bool) -> float:
+    """Scores and weighted values of one query."""
+    return 4 * mean_keys(seq_len, c.window, causal) * c.heads * c.head_dim
 
 
-ATTENTION_FLOPS = {GQAConfig: gqa_attention}
-LAST_PRODUCT = {SwiGLUConfig: swiglu_last}
+def mla_attention(c: MLAConfig, seq_len: int, causal: bool, decoding: bool) -> float:
+    """Over keys and values of every head; while decoding, over the latents themselves."""
+    widths = 2 * c.kv_rank + c.rope_dim if decoding else c.key_dim + c.value_dim
+    return 2 * mean_keys(seq_len, None, causal) * c.heads * widths
+
+
+def delta_attention(c: DeltaConfig, seq_len: int, causal: bool, decoding: bool) -> float:
+    """Products of the recurrent form, or of the chunked form with its triangular systems."""
+    memory = 6 * c.key_dim * c.value_dim
+    chunk = CHUNK * (4 * c.key_dim + c.key_dim + 3 * c.value_dim)
+    filters = 2 * c.conv * (2 * c.key_heads * c.key_dim + c.heads * c.value_dim)
+    return filters + c.heads * (memory if decoding else memory + chunk)
+
+
+ATTENTION_FLOPS = {GQAConfig: gqa_attention, MLAConfig: mla_attention, DeltaConfig: delta_attention}
+
+# The product that ends a block: recomputation stops before it, for nothing reads its result backwards.
+LAST_PRODUCT = {
+    SwiGLUConfig: lambda dim, c: 2 * dim * c.ffn_dim,
+    MLPConfig: lambda dim, c: 2 * dim * c.ffn_dim,
+    MoEConfig: lambda dim, c: 0,                             # of its answers the weights' gradients are made
+}
+
+
+def layer_flops(config: LMConfig, layer: LayerConfig, seq_len: int, causal: bool,
+                decoding: bool = False) -> tuple[float, float]:
+    """(products with matrices and attention, attention alone) of one token in one layer, forward."""
+    mixer, ffn, _ = layer_params(config, layer)
+    attention = ATTENTION_FLOPS[type(layer.mixer)](layer.mixer, seq_len, causal, decoding)
+    return 2 * (mixer.active + ffn.active) + attention, attention
 
 
 def flops_per_token(config: LMConfig, seq_len: int, *, causal: bool = True, recompute: bool = False) -> Flops:
-    """Training cost of one token in rows of `seq_len` tokens that are one document each.
+    """Training cost of one token in rows of `seq_len` tokens that are one document each, multi-token prediction
+    included.
 
     Packed rows of shorter documents cost less attention, so for them this is an upper bound.
     """
-    keys = (seq_len + 1) / 2 if causal else seq_len
     blocks = repeated = scores = 0.0
-    for layer in config.layers:
-        matrices = (MIXER_PARAMS[type(layer.mixer)](config.dim, layer.mixer).active
-                    + FFN_PARAMS[type(layer.ffn)](config.dim, layer.ffn).active)
-        attention = ATTENTION_FLOPS[type(layer.mixer)](layer.mixer, keys)
-        block = 2 * matrices + attention
+    for layer in (*config.layers, *config.mtp):
+        block, attention = layer_flops(config, layer, seq_len, causal)
         scores += attention / 2                   # no kernel keeps them: the backward pass makes them again
         blocks += block
-        repeated += block - LAST_PRODUCT[type(layer.ffn)](config.dim, layer.ffn)
-    head = 2 * config.vocab_size * config.dim
-    return Flops(forward=blocks + head, backward=2 * (blocks + head), recompute=head + scores + repeated * recompute)
+        repeated += block
+    if config.placement == "pre":                 # elsewhere, and in prediction modules, a norm reads the last product
+        repeated -= sum(LAST_PRODUCT[type(layer.ffn)](config.dim, layer.ffn) for layer in config.layers)
+    join = len(config.mtp) * 4 * config.dim ** 2             # of hidden vectors and embeddings
+    blocks, repeated = blocks + join, repeated + join
+    heads = (1 + len(config.mtp)) * 2 * config.vocab_size * config.dim
+    return Flops(forward=blocks + heads, backward=2 * (blocks + heads),
+                 recompute=heads + scores + repeated * recompute)
 
 
 def decode_flops(config: LMConfig, length: int) -> float:
     """Operations to generate one token after `length` tokens whose keys are cached."""
-    return flops_per_token(config, length, causal=False).forward
+    blocks = sum(layer_flops(config, layer, length, False, decoding=True)[0] for layer in config.layers)
+    return blocks + 2 * config.vocab_size * config.dim

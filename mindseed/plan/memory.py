@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from mindseed.core import StateSpec
-from mindseed.models.config import LMConfig
-from mindseed.nn.ffn import SwiGLUConfig
-from mindseed.nn.gqa import MIXERS, GQAConfig
+from mindseed.models.block import MIXERS
+from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
+from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.linear_attention import CHUNK, DeltaConfig
+from mindseed.nn.mla import MLAConfig
+from mindseed.nn.moe import MoEConfig
 from mindseed.plan.params import Params, count_params
 
 WIDE = 4                                                     # bytes of float32, in which the residual stream is kept
@@ -31,13 +35,45 @@ def gqa_activations(dim: int, c: GQAConfig, a: int) -> int:
             + q * a)                                         # attention's result, read by `o`
 
 
+def mla_activations(dim: int, c: MLAConfig, a: int) -> int:
+    """Bytes per token of the expanded form."""
+    through = 2 * c.q_rank * a + WIDE if c.q_rank else 0     # before and after the norm of the queries' bottleneck
+    return (dim * a + through
+            + (c.kv_rank + c.rope_dim) * a + WIDE + c.kv_rank * a          # latent before and after its norm
+            + 2 * c.heads * c.key_dim * a                    # queries and keys
+            + c.heads * (c.plain_dim + c.value_dim) * a      # what keys and values are cut from
+            + c.heads * c.value_dim * a)                     # attention's result
+
+
+def delta_activations(dim: int, c: DeltaConfig, a: int) -> int:
+    """Bytes per token of the chunked form, about: what autograd keeps of it is many small tensors."""
+    channels = 2 * c.key_heads * c.key_dim + c.heads * c.value_dim
+    gates = dim * WIDE if a < WIDE else 0
+    chunk = c.heads * (8 * CHUNK + 12 * c.key_dim + 7 * c.value_dim) * WIDE
+    return dim * a + gates + channels * (c.conv + 1) * a + chunk + 4 * c.heads * c.value_dim * a
+
+
 def swiglu_activations(dim: int, c: SwiGLUConfig, a: int) -> int:
     """Bytes per token: the input, gate and up, and their product, which `down` reads."""
     return (dim + 3 * c.ffn_dim) * a
 
 
-MIXER_ACTIVATIONS = {GQAConfig: gqa_activations}
-FFN_ACTIVATIONS = {SwiGLUConfig: swiglu_activations}
+def mlp_activations(dim: int, c: MLPConfig, a: int) -> int:
+    """Bytes per token: the input, what the activation reads, and what it gives (relu keeps that alone)."""
+    kept = {"relu": 1, "relu2": 2}.get(c.activation, 2)
+    return (dim + kept * c.ffn_dim) * a
+
+
+def moe_activations(dim: int, c: MoEConfig, a: int) -> int:
+    """Bytes per token: the input and the router's copy of it, scores; per visit the input, gate, up, their product,
+    the answer, and where it was sorted to."""
+    router = (dim * WIDE if a < WIDE else 0) + c.experts * WIDE
+    visit = (2 * dim + 3 * c.expert_dim) * a + 3 * 8 + 2 * WIDE
+    return (dim + 3 * c.shared_dim) * a + router + c.top_k * visit
+
+
+MIXER_ACTIVATIONS = {GQAConfig: gqa_activations, MLAConfig: mla_activations, DeltaConfig: delta_activations}
+FFN_ACTIVATIONS = {SwiGLUConfig: swiglu_activations, MLPConfig: mlp_activations, MoEConfig: moe_activations}
 
 
 def activation_bytes_per_token(config: LMConfig, *, itemsize: int = 2, recompute: bool = False) -> float:
@@ -47,15 +83,27 @@ def activation_bytes_per_token(config: LMConfig, *, itemsize: int = 2, recompute
     counted. Under `recompute` a block keeps its input only, and one block at a time is rebuilt.
     """
     norm = config.dim * WIDE + WIDE                          # RMSNorm keeps its input and one number
-    blocks = [2 * norm + MIXER_ACTIVATIONS[type(layer.mixer)](config.dim, layer.mixer, itemsize)
-              + FFN_ACTIVATIONS[type(layer.ffn)](config.dim, layer.ffn, itemsize) for layer in config.layers]
-    ropes = {(layer.mixer.rope, layer.mixer.head_dim) for layer in config.layers}
-    around = (2 * 8                                          # ids and targets
-              + sum(head_dim for _, head_dim in ropes) * WIDE                            # cos and sin, K/2 each
-              + norm + config.dim * itemsize + WIDE)         # last norm, input of the head, its partition sums
+    narrow = config.dim * (WIDE if config.norm == "layer" else itemsize) + WIDE   # LayerNorm keeps it wide
+    norms = {"pre": 2 * norm, "post": 2 * narrow, "sandwich": 2 * norm + 2 * narrow}[config.placement]
+
+    def block(layer: LayerConfig) -> int:
+        return (norms + MIXER_ACTIVATIONS[type(layer.mixer)](config.dim, layer.mixer, itemsize)
+                + FFN_ACTIVATIONS[type(layer.ffn)](config.dim, layer.ffn, itemsize))
+
+    blocks = [block(layer) for layer in (*config.layers, *config.mtp)]
+    tables = sum({(rope, width): width for rope, width in map(rotary, (*config.layers, *config.mtp)) if rope}.values())
+    head = norm + config.dim * itemsize + WIDE               # last norm, input of the head, its partition sums
+    around = 2 * 8 + tables * WIDE + head                    # ids and targets; cos and sin, K/2 each
+    around += len(config.mtp) * (head + norm + WIDE + 2 * config.dim * itemsize)        # norms and input of the join
     if recompute:
         return around + len(blocks) * config.dim * WIDE + max(blocks)
     return around + sum(blocks)
+
+
+def rotary(layer: LayerConfig) -> tuple[object, int]:
+    """(kind of rotation, its width) of a layer."""
+    mixer = layer.mixer
+    return getattr(mixer, "rope", None), getattr(mixer, "rope_dim", getattr(mixer, "head_dim", 0))
 
 
 def state_specs(config: LMConfig) -> list[StateSpec]:
@@ -65,8 +113,13 @@ def state_specs(config: LMConfig) -> list[StateSpec]:
 
 
 def cache_bytes_per_token(config: LMConfig, itemsize: int = 2) -> int:
-    """Bytes that decoding adds for every token of every sequence."""
-    return sum(spec.bytes_per_token(itemsize) for spec in state_specs(config))
+    """Bytes that decoding adds for every token of every sequence that is longer than any window."""
+    return sum(spec.bytes_per_token(itemsize) for spec in state_specs(config) if spec.window is None)
+
+
+def cache_bytes(config: LMConfig, length: int, itemsize: int = 2) -> int:
+    """Bytes that one sequence of `length` tokens takes up: windows stop growing, recurrent memories never grow."""
+    return sum(spec.bytes_of(length, itemsize) for spec in state_specs(config))
 
 
 @dataclass(frozen=True, kw_only=True)

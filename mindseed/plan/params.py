@@ -7,25 +7,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindseed.models.config import LMConfig
-from mindseed.nn.ffn import SwiGLUConfig
+from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.linear_attention import DeltaConfig
+from mindseed.nn.mla import MLAConfig
+from mindseed.nn.moe import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrices:
     """The parameters of one mixer or feed-forward. `active` are the matrix entries that one token is multiplied
-    with: fewer than `matrices` where a router chooses among experts."""
+    with: fewer than `matrices` where a router chooses among experts. `vectors` is the rest: norms, gates, filters."""
 
     matrices: int
     active: int
-    norms: int = 0
+    vectors: int = 0
 
 
 def gqa(dim: int, c: GQAConfig) -> Matrices:
     """Queries and the way out are D x HK, keys and values D x GK each."""
     entries = 2 * dim * c.head_dim * (c.heads + c.kv_heads)
-    return Matrices(matrices=entries, active=entries, norms=2 * c.head_dim if c.qk_norm else 0)
+    return Matrices(matrices=entries, active=entries, vectors=2 * c.head_dim if c.qk_norm else 0)
+
+
+def mla(dim: int, c: MLAConfig) -> Matrices:
+    """Queries straight or through their bottleneck; down to the latent and up to keys and values; the way out."""
+    keys = c.heads * c.key_dim
+    queries = dim * keys if c.q_rank is None else (dim + keys) * c.q_rank
+    latent = dim * (c.kv_rank + c.rope_dim) + c.kv_rank * c.heads * (c.plain_dim + c.value_dim)
+    entries = queries + latent + c.heads * c.value_dim * dim
+    return Matrices(matrices=entries, active=entries, vectors=c.kv_rank + (c.q_rank or 0))
+
+
+def delta(dim: int, c: DeltaConfig) -> Matrices:
+    """Queries and keys D x GK; values, their gate and the way out D x HV; two gates per head; the filters."""
+    entries = dim * (2 * c.key_heads * c.key_dim + 3 * c.heads * c.value_dim + 2 * c.heads)
+    filters = (2 * c.key_heads * c.key_dim + c.heads * c.value_dim) * c.conv
+    return Matrices(matrices=entries, active=entries, vectors=filters + 2 * c.heads + c.value_dim)
 
 
 def swiglu(dim: int, c: SwiGLUConfig) -> Matrices:
@@ -33,38 +52,62 @@ def swiglu(dim: int, c: SwiGLUConfig) -> Matrices:
     return Matrices(matrices=3 * dim * c.ffn_dim, active=3 * dim * c.ffn_dim)
 
 
-MIXER_PARAMS = {GQAConfig: gqa}
-FFN_PARAMS = {SwiGLUConfig: swiglu}
+def mlp(dim: int, c: MLPConfig) -> Matrices:
+    """Up and down: two D x F."""
+    return Matrices(matrices=2 * dim * c.ffn_dim, active=2 * dim * c.ffn_dim)
+
+
+def moe(dim: int, c: MoEConfig) -> Matrices:
+    """The router, E experts of three D x F, of which k are visited, and the shared one."""
+    always, expert = dim * c.experts + 3 * dim * c.shared_dim, 3 * dim * c.expert_dim
+    return Matrices(matrices=always + c.experts * expert, active=always + c.top_k * expert)
+
+
+MIXER_PARAMS = {GQAConfig: gqa, MLAConfig: mla, DeltaConfig: delta}
+FFN_PARAMS = {SwiGLUConfig: swiglu, MLPConfig: mlp, MoEConfig: moe}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """Counts by part. `head` is 0 when it is tied to the embedding."""
+    """Counts by part. `head` is 0 when it is tied to the embedding; `mtp` is what multi-token prediction adds."""
 
     embedding: int
     attention: int
     ffn: int
-    norms: int
+    vectors: int
     head: int
-    active: int                  # what one token passes through: total less the experts it is not sent to
+    mtp: int
+    matrices: int                # two-dimensional weights inside blocks, those of `mtp` too: what Muon updates
+    active: int                  # what one token passes through when the model is used: no `mtp`, only chosen experts
 
     @property
     def total(self) -> int:
-        return self.embedding + self.attention + self.ffn + self.norms + self.head
+        return self.embedding + self.attention + self.ffn + self.vectors + self.head + self.mtp
 
-    @property
-    def matrices(self) -> int:
-        """Two-dimensional weights inside the blocks: what Muon updates."""
-        return self.attention + self.ffn
+
+def norm_params(config: LMConfig) -> int:
+    """One normalisation: a weight, and for LayerNorm a bias."""
+    return config.dim * (2 if config.norm == "layer" else 1)
+
+
+def layer_params(config: LMConfig, layer: LayerConfig) -> tuple[Matrices, Matrices, int]:
+    """(mixer, feed-forward, vectors of both and of the block's norms)."""
+    mixer = MIXER_PARAMS[type(layer.mixer)](config.dim, layer.mixer)
+    ffn = FFN_PARAMS[type(layer.ffn)](config.dim, layer.ffn)
+    norms = norm_params(config) * (4 if config.placement == "sandwich" else 2)
+    return mixer, ffn, mixer.vectors + ffn.vectors + norms
 
 
 def count_params(config: LMConfig) -> Params:
     """Parameters by part; `count_params(config).total` equals the number of elements of the built model."""
-    mixers = [MIXER_PARAMS[type(layer.mixer)](config.dim, layer.mixer) for layer in config.layers]
-    ffns = [FFN_PARAMS[type(layer.ffn)](config.dim, layer.ffn) for layer in config.layers]
-    table = config.vocab_size * config.dim
-    parts = dict(embedding=table, attention=sum(m.matrices for m in mixers), ffn=sum(f.matrices for f in ffns),
-                 norms=config.dim * (2 * len(config.layers) + 1) + sum(m.norms for m in [*mixers, *ffns]),
+    layers = [layer_params(config, layer) for layer in config.layers]
+    ahead = [layer_params(config, layer) for layer in config.mtp]
+    join, norm, table = 2 * config.dim ** 2, norm_params(config), config.vocab_size * config.dim
+    attention, ffn = sum(m.matrices for m, _, _ in layers), sum(f.matrices for _, f, _ in layers)
+    ahead_matrices = sum(m.matrices + f.matrices + join for m, f, _ in ahead)
+    parts = dict(embedding=table + (config.seq_len * config.dim if config.learned_positions else 0),
+                 attention=attention, ffn=ffn, vectors=norm + sum(v for _, _, v in layers),
                  head=0 if config.tied else table)
-    idle = sum(m.matrices - m.active for m in [*mixers, *ffns])
-    return Params(**parts, active=sum(parts.values()) - idle)
+    idle = sum(part.matrices - part.active for m, f, _ in layers for part in (m, f))
+    return Params(**parts, mtp=ahead_matrices + sum(v + 3 * norm for _, _, v in ahead),
+                  matrices=attention + ffn + ahead_matrices, active=sum(parts.values()) - idle)

@@ -11,36 +11,12 @@ from typing import Literal
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
-from mindseed.models.presets import PRESETS, Shape, override, preset, shape_of_depth
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
+from mindseed.recipes.model_options import ModelOptions
 
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
 Resume = Literal["never", "newest", "auto"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    start: str | None = option(None, help="model directory to start from (fine-tuning); none: random weights")
-    preset: str | None = option(None, help=f"named shape: {', '.join(PRESETS)} [derived: toy, or from --depth]")
-    layers: int | None = option(None, help="number of blocks [derived]")
-    dim: int | None = option(None, help="width of the residual stream [derived]")
-    heads: int | None = option(None, help="query heads [derived]")
-    kv_heads: int | None = option(None, help="key/value heads; divides heads [derived]")
-    head_dim: int | None = option(None, help="width of a head; even [derived]")
-    ffn_dim: int | None = option(None, help="width of the feed-forward [derived]")
-    theta: float | None = option(None, help="base of the rotary wavelengths [derived]")
-    tied: bool | None = option(None, help="the head shares the embedding's matrix [derived: true]")
-    dropout: float = option(0.0, help="dropout on the embedding and on what each half of a block adds")
-
-    def shape(self, depth: int | None) -> Shape:
-        """The uniform decoder these options ask for: a preset or a depth, with what was overridden."""
-        if depth is not None and self.preset is not None:
-            raise UserError(f"--depth {depth} and --model.preset {self.preset} both choose a shape; give one of them")
-        base = shape_of_depth(depth) if depth is not None else preset(self.preset or "toy")
-        return override(base, layers=self.layers, dim=self.dim, heads=self.heads, kv_heads=self.kv_heads,
-                        head_dim=self.head_dim, ffn_dim=self.ffn_dim, theta=self.theta, tied=self.tied,
-                        dropout=self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +32,8 @@ class DataOptions:
     seq_len: int = option(512, help="tokens per row, the context the model is trained on")
     packing: Literal["best-fit", "sequential", "pad"] = option("best-fit",
                                                                help="how documents share a row; pad: one a row")
+    cross_documents: bool = option(False, help="packed documents of a row see each other, as DeepSeek-V3 packs them")
+    fim_rate: float = option(0.0, help="share of the texts told with their middle last (fill in the middle)")
     heldout: float = option(0.01, help="share of the documents kept apart for validation, chosen by their hash")
     max_skipped: float = option(0.01,
                                 help="bad lines put up with: below 1 a share (at least 10 lines), else a number")
@@ -140,7 +118,8 @@ def derive(options: TrainOptions, *, dim: int, params: int, rows_per_epoch: int 
         steps = max(1, math.ceil(loop.tokens_per_param * params / (batch * seq_len)))
     lr = options.optim.lr or float(f"{0.02 / math.sqrt(dim):.2g}")
     return replace(options, optim=replace(options.optim, lr=lr),
-                   loop=replace(loop, batch=batch, micro_batch=micro, steps=steps))
+                   loop=replace(loop, batch=batch, micro_batch=micro, steps=steps,
+                                epochs=None if steps is not None else loop.epochs))
 
 
 def derive_intervals(options: TrainOptions) -> TrainOptions:

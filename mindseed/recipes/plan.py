@@ -20,8 +20,9 @@ from mindseed.base.hardware import peak, total_memory
 from mindseed.base.log import bytes_text, duration, say, si, table, units, warn
 from mindseed.data.shards import Prepared
 from mindseed.models.config import LMConfig
+from mindseed.models.describe import describe
 from mindseed.plan.flops import Flops, flops_per_token
-from mindseed.plan.memory import TrainMemory, cache_bytes_per_token, plan_memory, token_ratio
+from mindseed.plan.memory import TrainMemory, cache_bytes, cache_bytes_per_token, plan_memory, token_ratio
 from mindseed.plan.params import Params, count_params
 from mindseed.recipes.options import TrainOptions, derive
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
@@ -62,9 +63,9 @@ def main(options: Options) -> None:
     show_memory(memory, device, loop.micro_batch, seq_len)
     show_run(options, params, flops, steps=steps, speed=speed,
              machine=f"{world} x {device}, {units(top.flops, 'FLOP/s')} in {precision} ({top.source})")
-    cache = cache_bytes_per_token(config)
-    say(f"\ndecoding   {bytes_text(cache)} of cache per token in bf16, {bytes_text(cache * config.seq_len)} for a "
-        f"context of {config.seq_len}; {bytes_text(2 * params.total)} of weights")
+    say(f"\ndecoding   {bytes_text(cache_bytes_per_token(config))} of cache per token in bf16, "
+        f"{bytes_text(cache_bytes(config, config.seq_len))} for a context of {config.seq_len}; "
+        f"{bytes_text(2 * (params.total - params.mtp))} of weights")
 
 
 def model_config(options: TrainOptions) -> LMConfig:
@@ -92,12 +93,10 @@ def rows_per_epoch(options: TrainOptions) -> int | None:
 
 
 def show_model(config: LMConfig, params: Params) -> None:
-    mixer, ffn = config.layers[0].mixer, config.layers[0].ffn
-    say(f"model      {len(config.layers)} layers, dim {config.dim}, {mixer.heads} heads of {mixer.head_dim} "
-        f"({mixer.kv_heads} kv), ffn {ffn.ffn_dim}, vocabulary {config.vocab_size}, context {config.seq_len}")
+    say(f"model      {describe(config)}")
     parts = [("embedding (and head)" if config.tied else "embedding", params.embedding),
-             ("attention", params.attention), ("feed-forward", params.ffn), ("norms", params.norms),
-             ("head", params.head), ("total", params.total)]
+             ("attention", params.attention), ("feed-forward", params.ffn), ("norms, gates, filters", params.vectors),
+             ("head", params.head), ("multi-token prediction", params.mtp), ("total", params.total)]
     if params.active != params.total:
         parts.append(("active for one token", params.active))
     table("parameters", ["part", "number", "share"],

@@ -30,6 +30,8 @@ class Options:
     shard_tokens: int = option(SHARD_TOKENS, help="tokens per shard, about; what a kill can lose")
     max_skipped: float = option(0.01, help="bad lines put up with: below 1 a share of the rows (10 always), else a "
                                            "number; 0: none")
+    fim_rate: float = option(0.0, help="share of the texts to train on that are told with their middle last "
+                                       "(fill in the middle; 0.1 is usual)")
     overwrite: bool = option(False, help="replace what other inputs left in the folder")
 
 
@@ -44,7 +46,8 @@ def main(options: Options) -> None:
         task = bar.add_task("prepare", total=None, parts=0, skipped=0)
         prepared = prepare(
             options.paths, options.out, tokenizer, heldout=options.heldout, seed=options.seed, workers=options.workers,
-            shard_tokens=options.shard_tokens, max_skipped=options.max_skipped, overwrite=options.overwrite,
+            shard_tokens=options.shard_tokens, max_skipped=options.max_skipped, fim_rate=options.fim_rate,
+            overwrite=options.overwrite,
             progress=lambda rows, parts, skipped: bar.update(task, completed=rows, parts=parts, skipped=skipped))
     report(prepared, time.perf_counter() - start)
 

@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,20 @@ from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.config import LMConfig, config_to_dict
+from mindseed.models.describe import describe
 from mindseed.models.lm import LM, build
+from mindseed.models.upcycle import upcycle
 from mindseed.objectives.sft import SFT
 from mindseed.optim.ema import EMA
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
 from mindseed.plan.flops import flops_per_token
+from mindseed.plan.params import count_params
 from mindseed.recipes import prepare
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
+from mindseed.recipes.model_options import MLAOptions, ModelOptions, MoEOptions
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals
+from mindseed.train.balance import Balance
 from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
 from mindseed.train.state import Checkpoints, restore
@@ -92,7 +97,7 @@ def train(options: TrainOptions, device: torch.device) -> Path:
     model.recompute = options.loop.recompute
     if options.loop.compile:
         model.compile_blocks()
-    run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device,
+    run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device, balance=Balance(model),
               accumulate=options.loop.batch // (options.loop.micro_batch * dist.world_size()))
     if options.loop.steps is None:
         options = replace(options, loop=replace(
@@ -127,7 +132,7 @@ def train(options: TrainOptions, device: torch.device) -> Path:
 
 # ----------------------------------------------------------------------------------------------------------- the parts
 
-SHAPE = {"preset", "layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "theta", "tied"}
+SHAPE = {f.name for f in fields(ModelOptions)} - {"start", "dropout", "moe", "mla"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +185,8 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     names = [Path(entry).name.split(".")[0] or "data" for entry in given.train]
     if len(set(names)) < len(names):
         names = [f"{i}-{name}" for i, name in enumerate(names)]
-    parts = [PackedRows(entry.split("train"), seq_len=given.seq_len, seed=options.seed, strategy=given.packing)
+    parts = [PackedRows(entry.split("train"), seq_len=given.seq_len, seed=options.seed, strategy=given.packing,
+                        cross_documents=given.cross_documents)
              for entry in entries]
     weights = given.weights or tuple(float(len(part)) for part in parts)
     rows = parts[0] if len(parts) == 1 else Mixture(list(zip(parts, weights)), seed=options.seed, names=names)
@@ -214,7 +220,7 @@ def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Path
     if dist.is_main():
         prepare.main(prepare.Options(
             paths=(entry,), out=str(out), tokenizer=str(tokenizer), heldout=options.data.heldout,
-            max_skipped=options.data.max_skipped, workers=options.data.workers))
+            max_skipped=options.data.max_skipped, fim_rate=options.data.fim_rate, workers=options.data.workers))
     return out
 
 
@@ -225,6 +231,7 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
                                                               seq_len=options.data.seq_len)
         return build(config, seed=options.seed, device=device).train(), {}
     asked = [f"model.{name}" for name, value in vars(options.model).items() if value is not None and name in SHAPE]
+    asked += ["model.mla"] if options.model.mla != MLAOptions() else []
     if asked or options.depth is not None:
         raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
     loaded = load_directory(options.model.start, device=device)
@@ -235,6 +242,8 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
     config = replace(loaded.model.config, dropout=options.model.dropout,
                      seq_len=max(loaded.model.config.seq_len, options.data.seq_len))
     model = with_config(loaded.model, config)
+    if options.model.moe != MoEOptions():
+        model = upcycle(model, options.model.moe.mixture(ffn_dim=1), seed=options.seed)
     return model.train(), {"parent": str(options.model.start)}
 
 
@@ -306,10 +315,9 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     if not dist.is_main():
         return
     c, loop = model.config, options.loop
-    mixer, ffn = c.layers[0].mixer, c.layers[0].ffn
-    params = sum(p.numel() for p in model.parameters())
-    say(f"model      {si(params)} parameters: {len(c.layers)} layers, dim {c.dim}, {mixer.heads} heads of "
-        f"{mixer.head_dim} ({mixer.kv_heads} kv), ffn {ffn.ffn_dim}, vocabulary {c.vocab_size}, context {c.seq_len}")
+    params = count_params(c)
+    active = f" ({si(params.active)} active)" if params.active != params.total else ""
+    say(f"model      {si(params.total)} parameters{active}: {describe(c)}")
     for name, entry in zip(data.names, data.entries):
         split = entry.split("train")
         say(f"data       {name}: {len(split):,} documents ({entry.kind}), {si(int(split.lengths.sum()))} tokens, "

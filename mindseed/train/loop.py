@@ -170,6 +170,8 @@ def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
             run.backend.forward_backward(batch, scale=scale, last=i == run.accumulate - 1)
         times.append(time.monotonic() - start)
     run.backend.clear()
+    if run.balance:
+        run.balance.forget()
     run.source.load_state_dict(stream)
     torch.set_rng_state(random)
     slowest = max(dist.gather(sorted(times[1:])[trials // 2]))

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mindseed.base import dist
+from mindseed.base.errors import UserError
 from mindseed.core import Batch, Objective
+from mindseed.models.config import untrainable
+from mindseed.models.lm import LM
 from mindseed.train.scored import Scored
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -29,6 +32,8 @@ class NativeBackend:
 
     def __init__(self, model: nn.Module, objective: Objective, optimizers: list[torch.optim.Optimizer], *,
                  precision: Precision = "fp32", max_norm: float = 1.0) -> None:
+        if isinstance(model, LM) and (reason := untrainable(model.config)):
+            raise UserError(f"this model runs but must not be trained: {reason}")
         self.model, self.optimizers, self.max_norm, self.precision = model, optimizers, max_norm, precision
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = self.params[0].device

@@ -28,7 +28,8 @@ def capture(run: Run, ema: EMA | None) -> dict[str, Any]:
     backend = run.backend
     assert isinstance(backend, NativeBackend)
     return {"model": backend.model.state_dict(), "backend": backend.state_dict(), "source": run.source.state_dict(),
-            "ema": ema.state_dict() if ema else None, "step": run.step, "tokens": run.tokens,
+            "ema": ema.state_dict() if ema else None, "balance": run.balance.state_dict() if run.balance else None,
+            "step": run.step, "tokens": run.tokens,
             "random": dist.gather(random_state())}
 
 
@@ -41,6 +42,8 @@ def restore(run: Run, ema: EMA | None, saved: dict[str, Any]) -> None:
     run.source.load_state_dict(saved["source"])
     if ema and saved["ema"]:
         ema.load_state_dict(saved["ema"])
+    if run.balance and saved["balance"]:
+        run.balance.load_state_dict(saved["balance"])
     run.step, run.tokens = saved["step"], saved["tokens"]
     states = saved["random"]
     set_random_state(states[dist.rank() if len(states) == dist.world_size() else 0])

@@ -10,6 +10,7 @@ from torch import Tensor
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.core import Backend, Batch, Objective, Source
+from mindseed.train.balance import Balance
 from mindseed.train.native import NonFinite
 
 
@@ -26,7 +27,8 @@ class Run:
     step: int = 0
     tokens: int = 0                               # supervised tokens so far, over all ranks
     tokens_per_step: int = 0                      # slots of the last step over all ranks, padding included
-    after_step: list[Callable[[], None]] = field(default_factory=list)      # e.g. the moving average of the weights
+    balance: Balance | None = None                # of a mixture of experts
+    after_step: list[Callable[[], dict[str, float] | None]] = field(default_factory=list)   # may return metrics
 
     def __post_init__(self) -> None:
         if self.accumulate > 1 and not self.objective.splittable:
@@ -60,8 +62,8 @@ def train_step(run: Run) -> dict[str, float]:
         grad_norm = run.backend.step(lr)
     except NonFinite as error:
         raise NonFinite(f"{error}; {name_samples(run.source, batches)}") from None
-    for call in run.after_step:
-        call()
+    for call in ([run.balance] if run.balance else []) + run.after_step:
+        means |= call() or {}
     run.step += 1
     run.tokens += int(count)
     run.tokens_per_step = sum(b.ids.numel() for b in batches) * dist.world_size()

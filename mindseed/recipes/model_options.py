@@ -1,0 +1,104 @@
+"""The options that say what a model is made of: a preset or a depth, with whatever is given instead of its parts."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+from mindseed.base.config import option
+from mindseed.base.errors import UserError
+from mindseed.models.presets import PRESETS, LatentShape, Positions, Shape, override, preset, shape_of_depth
+from mindseed.nn.moe import MoEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEOptions:
+    experts: int | None = option(None, help="experts of a layer; given, the feed-forward is a mixture [derived: none]")
+    top_k: int | None = option(None, help="experts that a token visits [derived: 2]")
+    expert_dim: int | None = option(None, help="width of one expert [derived: model.ffn_dim / top_k]")
+    shared_dim: int | None = option(None, help="width of the feed-forward that every token visits; 0: none [derived]")
+    score: Literal["softmax", "sigmoid"] | None = option(None, help="how the router scores [derived: softmax]")
+    renormalise: bool | None = option(None, help="weights of the chosen experts sum to 1 [derived: true]")
+    scaling: float | None = option(None, help="factor on the weights [derived: 1]")
+    groups: int | None = option(None, help="groups in which experts stand [derived: 1]")
+    top_groups: int | None = option(None, help="groups that compete [derived: 1]")
+    bias: bool | None = option(None, help="balance by moving biases, without an auxiliary loss [derived]")
+    bias_rate: float | None = option(None, help="how far a bias moves in a step [derived: 0.001]")
+    balance_weight: float | None = option(None, help="auxiliary loss over the global batch [derived: 0]")
+    sequence_weight: float | None = option(None, help="auxiliary loss within every row [derived: 0]")
+    z_weight: float | None = option(None, help="squared log partition function of the router [derived: 0]")
+
+    def given(self) -> dict[str, object]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def config(self, shape: Shape) -> MoEConfig | None:
+        """That of the preset with what was overridden; None if nothing asks for a mixture."""
+        if shape.moe is not None:
+            return replace(shape.moe, **self.given())
+        return self.mixture(shape.ffn_dim) if self.given() else None
+
+    def mixture(self, ffn_dim: int) -> MoEConfig:
+        """A new one in place of feed-forwards of width `ffn_dim`."""
+        given = self.given()
+        if "experts" not in given:
+            raise UserError(f"model.moe.{next(iter(given))} has no effect without model.moe.experts")
+        top_k = given.get("top_k", min(2, given["experts"]))
+        balance = {} if given.get("bias") or "balance_weight" in given else {"balance_weight": 0.01}
+        return MoEConfig(**{"top_k": top_k, "expert_dim": max(1, ffn_dim // top_k)} | balance | given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAOptions:
+    kv_rank: int | None = option(None, help="width of the latent; given, attention is latent [derived: none]")
+    q_rank: int | None = option(None, help="width of the queries' bottleneck [derived: none]")
+    rope_dim: int | None = option(None, help="width of the rotated part of keys [derived: head_dim / 2]")
+
+    def shape(self, shape: Shape) -> LatentShape | None:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if shape.latent is not None:
+            return replace(shape.latent, **given)
+        if not given:
+            return None
+        if "kv_rank" not in given:
+            raise UserError(f"model.mla.{next(iter(given))} has no effect without model.mla.kv_rank")
+        return LatentShape(**{"rope_dim": max(2, shape.head_dim // 4 * 2)} | given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    start: str | None = option(None, help="model directory to start from, for more pretraining or for fine-tuning; "
+                                          "none: random weights")
+    preset: str | None = option(None, help=f"named shape: {', '.join(PRESETS)} [derived: toy, or from --depth]")
+    layers: int | None = option(None, help="number of blocks [derived]")
+    dim: int | None = option(None, help="width of the residual stream [derived]")
+    heads: int | None = option(None, help="query heads [derived]")
+    kv_heads: int | None = option(None, help="key/value heads; divides heads [derived]")
+    head_dim: int | None = option(None, help="width of a head; even [derived]")
+    ffn_dim: int | None = option(None, help="width of the feed-forward [derived]")
+    theta: float | None = option(None, help="base of the rotary wavelengths [derived]")
+    tied: bool | None = option(None, help="the head shares the embedding's matrix [derived: true]")
+    qk_norm: bool | None = option(None, help="normalise queries and keys [derived: true]")
+    pattern: str | None = option(None, help="kinds of layers, cycled: L the whole past, S a window, D linear "
+                                            "attention, such as SSSL [derived: L]")
+    window: int | None = option(None, help="tokens that a windowed layer sees [derived]")
+    positions: Positions | None = option(None, help="how order is known [derived: rope]")
+    norm: Literal["rms", "layer"] | None = option(None, help="kind of normalisation [derived: rms]")
+    placement: Literal["pre", "post", "sandwich"] | None = option(None, help="where it stands [derived: pre]")
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "relu2"] | None = option(
+        None, help="of the feed-forward [derived: swiglu]")
+    mtp: int | None = option(None, help="further tokens to predict while training [derived: 0]")
+    mtp_weight: float | None = option(None, help="weight of their mean loss [derived: 0.3]")
+    dropout: float = option(0.0, help="dropout on the embedding and on what each half of a block adds")
+    moe: MoEOptions = field(default_factory=MoEOptions)
+    mla: MLAOptions = field(default_factory=MLAOptions)
+
+    def shape(self, depth: int | None) -> Shape:
+        """The decoder these options ask for: a preset or a depth, with what was overridden."""
+        if depth is not None and self.preset is not None:
+            raise UserError(f"--depth {depth} and --model.preset {self.preset} both choose a shape; give one of them")
+        base = shape_of_depth(depth) if depth is not None else preset(self.preset or "toy")
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("start", "preset", "moe", "mla")}
+        shape = override(base, **plain)
+        try:
+            return override(shape, moe=self.moe.config(shape), latent=self.mla.shape(shape))
+        except ValueError as error:
+            raise UserError(f"this model cannot be built: {error}") from None
