@@ -218,10 +218,11 @@ class ChunkedHead(torch.autograd.Function):
         h, w = hidden, head.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         logps, lse = h.new_empty(2, len(h), dtype=wide)
-        for i in range(0, len(h), chunk):
-            logits = torch.nn.functional.linear(h[i:i + chunk].to(dtype), w).to(wide)         # (chunk, V)
-            lse[i:i + chunk] = logits.logsumexp(-1)
-            logps[i:i + chunk] = logits.gather(-1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
+        with torch.autocast(h.device.type, enabled=False):                        # which would change `dtype`
+            for i in range(0, len(h), chunk):
+                logits = torch.nn.functional.linear(h[i:i + chunk].to(dtype), w).to(wide)     # (chunk, V)
+                lse[i:i + chunk] = logits.logsumexp(-1)
+                logps[i:i + chunk] = logits.gather(-1, targets[i:i + chunk, None])[:, 0] - lse[i:i + chunk]
         ctx.save_for_backward(h, w, targets, lse)
         ctx.chunk, ctx.head_dtype = chunk, head.dtype
         return logps, lse

@@ -335,3 +335,12 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path, small_chunks):
             break
         time.sleep(0.1)
     assert not alive
+
+
+def test_another_programs_manifest_is_left_alone(tmp_path):
+    write(tmp_path / "a.jsonl", [story(1)])
+    (tmp_path / "ext").mkdir()
+    (tmp_path / "ext" / "manifest.json").write_text('{"manifest_version": 3}')
+    with pytest.raises(UserError, match="another program's"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "ext", TOKENIZER, overwrite=True)
+    assert (tmp_path / "ext" / "manifest.json").exists()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -217,3 +218,15 @@ def test_a_copy_that_differs_is_the_exit_code(folder, capsys, monkeypatch, tmp_p
     monkeypatch.setattr(conversion, "save_directory", spoil)
     code, out, _ = run(capsys, monkeypatch, "convert", folder, tmp_path / "copy")
     assert code == 1 and "DIFFERENT" in out
+
+
+def test_convert_overwrites_nothing_but_a_model(folder, capsys, monkeypatch, tmp_path):
+    shutil.copytree(folder, tmp_path / "models" / "src")
+    for source, target, words in [("models/src", "models", "no model directory"),
+                                  ("models/src", "models/src/copy", "lies in the other")]:
+        (tmp_path / target).mkdir(exist_ok=True)
+        if target.endswith("copy"):
+            (tmp_path / target / "config.json").write_text("{}")
+        code, _, err = run(capsys, monkeypatch, "convert", tmp_path / source, tmp_path / target, "--overwrite")
+        assert code == 2 and words in err
+    assert (tmp_path / "models" / "src" / "model.safetensors").exists()

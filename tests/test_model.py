@@ -157,6 +157,22 @@ def test_a_model_that_inferred_first_trains_after():
             model(batch.ids, batch.positions).logps(batch.targets).sum().backward()
 
 
+def test_autocast_does_not_narrow_what_is_wide():
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(2, 9, 16, generator=g), torch.randn(VOCAB, 16, generator=g)
+    targets = torch.randint(0, VOCAB, (2, 9), generator=g)
+    q, k, v = (torch.randn(2, 9, n, 16, generator=g) for n in (4, 2, 2))
+    layout = Layout(torch.arange(9).expand(2, 9))
+    layout.add_view(None)
+    results = []
+    for narrow in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            output = Output(hidden=hidden, head=head, dtype=torch.float32)
+            results.append((output.logps(targets), attend(q, k, v, layout.views[None])))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
 def test_recomputation_changes_nothing():
     batch = random_batch(3, 16)
     grads = []

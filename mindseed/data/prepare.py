@@ -95,6 +95,8 @@ def _already(out: Path, inputs: dict, overwrite: bool) -> bool:
     manifest, begun = out / "manifest.json", out / ".parts" / "inputs.json"
     if not manifest.exists() and begun.exists() and not (out / ".parts" / "00000.json").exists():
         shutil.rmtree(out)                                              # begun, but nothing finished
+    if manifest.exists() and not {"schema", "tokenizer_hash"} <= set(read_json(manifest)):
+        raise UserError(f"{out} is no prepared folder: its manifest.json is another program's; choose another one")
     if overwrite and (manifest.exists() or begun.exists()):
         shutil.rmtree(out)
     if manifest.exists() or begun.exists():

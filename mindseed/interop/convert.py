@@ -59,6 +59,10 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
         raise UserError(f"{target} is the source itself; choose another place")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already; choose another place or add --overwrite")
+    if target.exists() and not (target / "config.json").exists():
+        raise UserError(f"{target} is no model directory, so it is not overwritten; choose another place")
+    if target.resolve() in source.resolve().parents or source.resolve() in target.resolve().parents:
+        raise UserError(f"one of {source} and {target} lies in the other; choose another place")
     family = named(to) if to else None
     loaded = read(source, tokenizer)
     family = family or family_of(loaded.model.config)

@@ -46,9 +46,10 @@ class BlockedAttention(torch.autograd.Function):
         qg, kg, vg = (by_group(x, G, wide, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
         score = Score(mask, scale, window, None if slopes is None else slopes.to(wide).view(G, -1).repeat(B, 1))
         y = scratch("y", (*qg.shape[:3], v.shape[-1]), wide)                      # (B G, R, T, V)
-        for i, stop, first in ranges:
-            p = score.probabilities(qg, kg, i, stop, first)                       # (B G, R, t, s)
-            y[:, :, i:stop] = multiply(p, vg[:, 0, first:stop])
+        with torch.autocast(q.device.type, enabled=False):            # which would narrow the products again
+            for i, stop, first in ranges:
+                p = score.probabilities(qg, kg, i, stop, first)                   # (B G, R, t, s)
+                y[:, :, i:stop] = multiply(p, vg[:, 0, first:stop])
         out = q.new_empty(*q.shape[:3], v.shape[-1]).copy_(from_groups(y, B))     # whose memory the projection keeps
         ctx.save_for_backward(q, k, v, out)
         ctx.ranges, ctx.score = ranges, score
