@@ -299,6 +299,16 @@ def test_every_model_comes_back_from_its_directory(tmp_path, config):
     assert all(torch.equal(x, want[name]) for name, x in back.model.state_dict().items())
 
 
+def test_the_bias_of_a_router_is_never_rounded(tmp_path):
+    """It moves by thousandths, which bfloat16 cannot tell apart near 1."""
+    model = kit_model(replace(KITS["moe, groups"], vocab_size=Byte().vocab_size)).float()
+    model.blocks[0].ffn.bias.fill_(1.001)
+    back = load_directory(save_directory(model, Byte(), tmp_path / "m", dtype=torch.bfloat16), dtype=torch.bfloat16)
+    assert torch.equal(back.model.blocks[0].ffn.bias, model.blocks[0].ffn.bias)
+    assert back.model.blocks[0].ffn.router.weight.dtype == torch.bfloat16
+    back.model(torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None])
+
+
 def test_prediction_modules_travel_beside_families_without_a_place_for_them(tmp_path):
     config = replace(SHAPE, mtp=2).lm_config(vocab_size=Byte().vocab_size, seq_len=64)
     model = build(config)

@@ -75,9 +75,12 @@ def test_future_tokens_do_not_leak(config):
             assert (x[:, 7 - distance] - y[:, 7 - distance]).abs().max() > 1e-6
 
 
+RELATIVE = {name: c for name, c in KITS.items() if not c.learned_positions and not any(
+    isinstance(layer.mixer, DeltaConfig) for layer in c.layers)}        # a recurrence is told where a text begins
+
+
+@pytest.mark.parametrize("config", RELATIVE.values(), ids=RELATIVE.keys())
 def test_only_distances_matter_where_positions_are_relative(config):
-    if config.learned_positions or any(isinstance(layer.mixer, DeltaConfig) for layer in config.layers):
-        pytest.skip("absolute positions, or a recurrence that is told where a text begins")
     model = kit_model(config)
     ids, positions = ids_and_positions(1, 12)
     moved = model(ids, positions + 37).logits()

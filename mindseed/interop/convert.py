@@ -1,9 +1,9 @@
 """From one form of a model to another, and the proof that the copy computes the same.
 
 The source may be any model directory that we read, or a bare state dict of MiniMind; the target is a directory of the
-family that is asked for, or a GGUF file. The proof runs both as they lie on disk: the same ids must give the same
-logits. A change of dtype rounds the weights, so the copy is held against the source rounded alike, and the rounding's
-own effect is reported.
+family that is asked for. The proof runs both as they lie on disk: the same ids must give the same logits. A change of
+dtype rounds the weights, so the copy is held against the source rounded alike, and the rounding's own effect is
+reported.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mindseed.base.errors import UserError
 from mindseed.interop import minimind
 from mindseed.interop.directory import SAMPLING, Loaded, load_directory, names_in, save_directory
 from mindseed.interop.families import family_of, named
+from mindseed.interop.rules import stacked
 from mindseed.interop.weights import DTYPES
 from mindseed.tokenizers.hf_json import load_tokenizer
 
@@ -73,7 +74,7 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
         name: x for name, x in loaded.model.state_dict().items()
         if not name.startswith("mtp.") or family is None or family.layout.has_mtp})
     shapes = {name: tuple(x.shape) for name, x in loaded.model.state_dict().items()}
-    mapped = [Mapped(ours=ours, theirs=name, shape=shapes[ours][len(theirs) > 1:])
+    mapped = [Mapped(ours=ours, theirs=name, shape=shapes[ours][1:] if stacked(theirs) else shapes[ours])
               for ours, theirs in names.items() for name in theirs]
     difference, rounding = compare(loaded, load_directory(target), after)
     return Conversion(mapped=mapped, before=loaded.dtype, after=after, difference=difference, rounding=rounding,

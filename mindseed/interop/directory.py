@@ -84,7 +84,8 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
     data = family.to_json(config, dtype=word, specials=specials) if family else {
         "architectures": ["MindseedForCausalLM"], "model_type": NATIVE, "dtype": word,
         **{f"{name}_token_id": id for name, id in specials.items()}}
-    tensors = {name: x.detach().to(device="cpu", dtype=dtype, copy=False).contiguous()
+    steering = {name for name, _ in model.named_buffers()}    # biases of routers move in steps that bf16 cannot tell
+    tensors = {name: x.detach().to(device="cpu", dtype=x.dtype if name in steering else dtype).contiguous()
                for name, x in model.state_dict().items()}
     ahead = {name: x for name, x in tensors.items() if name.startswith("mtp.")}
     if family and not family.layout.has_mtp:
@@ -216,7 +217,9 @@ def load_weights(family: Family | None, config: LMConfig, folder: Path, dtype: t
         shapes = dict(tensors.shapes)
         twice = family and config.tied and shapes.pop("lm_head.weight", None) is not None      # some store it as well
         read_names(names, here, shapes, str(folder))
-        state = {name: x.to(device=device, dtype=dtype) for name, x in read_tensors(names, tensors)}
+        steering = {name for name, _ in model.named_buffers()}                    # kept as they are, see save_directory
+        state = {name: x.to(device=device, dtype=torch.promote_types(x.dtype, torch.float32) if name in steering
+                            else dtype) for name, x in read_tensors(names, tensors)}
         embed = tensors(names["embed.weight"][0])
         if twice:
             check_copy(tensors("lm_head.weight"), embed, folder)

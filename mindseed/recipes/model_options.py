@@ -2,12 +2,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.models.presets import PRESETS, LatentShape, Positions, Shape, override, preset, shape_of_depth
 from mindseed.nn.moe import MoEConfig
+
+
+def given(options: object) -> dict[str, Any]:
+    """The options of a section that were asked for: those that are not None."""
+    return {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +32,20 @@ class MoEOptions:
     sequence_weight: float | None = option(None, help="auxiliary loss within every row [derived: 0]")
     z_weight: float | None = option(None, help="squared log partition function of the router [derived: 0]")
 
-    def given(self) -> dict[str, object]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-
     def config(self, shape: Shape) -> MoEConfig | None:
         """That of the preset with what was overridden; None if nothing asks for a mixture."""
         if shape.moe is not None:
-            return replace(shape.moe, **self.given())
-        return self.mixture(shape.ffn_dim) if self.given() else None
+            return replace(shape.moe, **given(self))
+        return self.mixture(shape.ffn_dim) if given(self) else None
 
     def mixture(self, ffn_dim: int) -> MoEConfig:
         """A new one in place of feed-forwards of width `ffn_dim`."""
-        given = self.given()
-        if "experts" not in given:
-            raise UserError(f"model.moe.{next(iter(given))} has no effect without model.moe.experts")
-        top_k = given.get("top_k", min(2, given["experts"]))
-        balance = {} if given.get("bias") or "balance_weight" in given else {"balance_weight": 0.01}
-        return MoEConfig(**{"top_k": top_k, "expert_dim": max(1, ffn_dim // top_k)} | balance | given)
+        asked = given(self)
+        if "experts" not in asked:
+            raise UserError(f"model.moe.{next(iter(asked))} has no effect without model.moe.experts")
+        top_k = asked.get("top_k", min(2, asked["experts"]))
+        balance = {} if asked.get("bias") or "balance_weight" in asked else {"balance_weight": 0.01}
+        return MoEConfig(**{"top_k": top_k, "expert_dim": max(1, ffn_dim // top_k)} | balance | asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +55,14 @@ class MLAOptions:
     rope_dim: int | None = option(None, help="width of the rotated part of keys [derived: head_dim / 2]")
 
     def shape(self, shape: Shape) -> LatentShape | None:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        asked = given(self)
         if shape.latent is not None:
-            return replace(shape.latent, **given)
-        if not given:
+            return replace(shape.latent, **asked)
+        if not asked:
             return None
-        if "kv_rank" not in given:
-            raise UserError(f"model.mla.{next(iter(given))} has no effect without model.mla.kv_rank")
-        return LatentShape(**{"rope_dim": max(2, shape.head_dim // 4 * 2)} | given)
+        if "kv_rank" not in asked:
+            raise UserError(f"model.mla.{next(iter(asked))} has no effect without model.mla.kv_rank")
+        return LatentShape(**{"rope_dim": max(2, shape.head_dim // 4 * 2)} | asked)
 
 
 @dataclass(frozen=True, kw_only=True)
