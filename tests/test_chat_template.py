@@ -308,6 +308,9 @@ def test_training_needs_an_answer_and_a_chat_needs_its_special_tokens():
     ('<tool_call>\n{"name": "f", "arguments": {"x": "</tool_call>"}}\n</tool_call>.',
      (None, ".", [{"name": "f", "arguments": {"x": "</tool_call>"}}])),
     ('<tool_call>{"name": "f"} and </tool_call>', (None, '<tool_call>{"name": "f"} and </tool_call>', [])),
+    ('<tool_call>{"name": 5}</tool_call>', (None, '<tool_call>{"name": 5}</tool_call>', [])),
+    ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+     (None, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', [])),
     ("", (None, "", [])),
 ])
 def test_answers_of_fallible_models_are_taken_apart(text, expected):

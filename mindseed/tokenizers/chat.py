@@ -304,7 +304,10 @@ def take_calls(content: str) -> tuple[str, list[dict[str, Any]]]:
         try:
             call, stop = json.JSONDecoder().raw_decode(content, start.end())
             end = CALL_END.match(content, stop)
-            calls += [{"name": call["name"], "arguments": call.get("arguments", {})}] if end else []
+            call = {"name": call["name"], "arguments": call.get("arguments", {})}
+            if end and not (isinstance(call["name"], str) and isinstance(call["arguments"], dict)):
+                end = None
+            calls += [call] if end else []
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             end = None
         if end:
