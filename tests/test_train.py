@@ -19,7 +19,7 @@ from mindseed.optim.ema import EMA
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
 from mindseed.train.loop import Fit, Hook, fit
 from mindseed.train.native import NativeBackend, NonFinite
-from mindseed.train.state import capture, restore
+from mindseed.train.state import Checkpoints, capture, restore
 from mindseed.train.step import Run, train_step
 from mindseed.train.validate import evaluate
 from tests.tiny import VOCAB, Fixed, flat, random_batch, split, tiny_model
@@ -233,3 +233,17 @@ def test_compiled_blocks_give_the_same_step():
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
     counts = torch._dynamo.utils.counters["stats"]
     assert 0 < counts["unique_graphs"] <= 12, counts
+
+
+def test_a_damaged_newer_checkpoint_does_not_cost_the_new_one(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, keep=1, fingerprints={})
+    run = make_run(tiny_model(), Fixed([random_batch(2, 8)]))
+    run.step = 20
+    damaged = checkpoints.save(run, None)
+    (damaged / "trainer.pt").write_bytes(b"x")
+    (tmp_path / ".step-00000040.tmp-1").mkdir()                          # what a kill has left
+    (tmp_path / ".best.json.tmp-1").write_text("{")
+    run.step = 13
+    good = checkpoints.save(run, None)
+    assert checkpoints.newest()[0] == good and "going back to step-00000013" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))

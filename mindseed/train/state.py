@@ -85,14 +85,18 @@ class Checkpoints:
             if score is not None and (self.best is None or score < self.best):
                 self.best = score
                 write_json(self.folder / "best.json", {"checkpoint": path.name, "score": score})
-            self.prune()
+            self.prune(path)
         dist.barrier()
         return path
 
-    def prune(self) -> None:
+    def prune(self, just: Path) -> None:
+        """Remove what is neither new enough nor the best, never the one `just` saved: damaged ones may look newer. With
+        them goes what kills have left half-written."""
+        for left in [*self.folder.glob(".step-*"), *self.folder.glob(".best.json.*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         best = read_json(self.folder / "best.json")["checkpoint"] if (self.folder / "best.json").exists() else None
         for path in self.found()[:-self.keep]:
-            if path.name != best:
+            if path.name != best and path != just:
                 shutil.rmtree(path, ignore_errors=True)
 
     def found(self) -> list[Path]:
