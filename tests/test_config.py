@@ -416,6 +416,12 @@ def test_a_peak_is_that_of_the_dtype_asked_for_even_inside_autocast():
     assert seen == [torch.float32, torch.bfloat16]
 
 
+def test_a_list_is_given_once(capsys):
+    assert cli.main(["train", "--data.train", "a", "--data.train", "b"]) == 2
+    assert "--data.train is given twice; give all its values after one" in capsys.readouterr().err
+    assert cli.main(["train", "--seed", "-1"]) == 2 and "seed=-1" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- places to write
 
 def test_a_folder_is_never_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):

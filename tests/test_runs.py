@@ -52,9 +52,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def train(corpus: Path, run: Path, *more: object, ranks: int = 1) -> list[str]:
+def train(corpus: Path, run: Path, *more: object, ranks: int = 1, weights: tuple = (0.7, 0.3)) -> list[str]:
     return mindseed("train", "--out", run, "--data.train", corpus / "texts", corpus / "chats",
-                    "--data.weights", 0.7, 0.3, "--data.tokenizer", corpus / "tokenizer", "--loop.steps", STEPS,
+                    "--data.weights", *weights, "--data.tokenizer", corpus / "tokenizer", "--loop.steps", STEPS,
                     *TINY, *more, ranks=ranks)
 
 
@@ -148,13 +148,36 @@ def test_a_prepared_folder_brings_its_tokenizer(corpus, tmp_path):
         == (corpus / "texts" / "tokenizer" / "tokenizer.json").read_bytes()
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(corpus, tmp_path):
+    finish(train(corpus, tmp_path / "run", "--loop.steps", 12))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    said = finish(train(corpus, tmp_path / "run", "--loop.steps", 12, "--resume"), code=2)
+    assert "12 steps and no checkpoint any more" in said and (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+def test_another_optimiser_cannot_go_on(corpus, tmp_path):
+    finish(train(corpus, tmp_path / "run", "--loop.steps", 6, "--optim.kind", "muon"))
+    said = finish(train(corpus, tmp_path / "run", "--loop.steps", 9, "--optim.kind", "adamw", "--resume"), code=2)
+    assert "optim.kind: muon then, adamw now" in said
+
+
+def test_a_long_held_out_question_is_no_sample(corpus, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"{i} " + "why? " * (400 if i < 30 else 1)},
+                          {"role": "assistant", "content": "so"}]} for i in range(60)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finish(mindseed("train", "--out", tmp_path / "run", "--data.train", tmp_path / "long.jsonl",
+                    "--data.tokenizer", corpus / "tokenizer", "--data.heldout", 0.3, "--loop.steps", 2, *TINY,
+                    "--loop.sample_every", 1, "--loop.validate_every", 0))
+
+
 def test_mistakes_of_a_run_are_two_lines(corpus, tmp_path):
     run = tmp_path / "run"
     finish(train(corpus, run, "--loop.steps", 4))
     assert "already holds a run" in finish(train(corpus, run), 2)
-    for change, said in ((["--model.dim", 64], "model.dim: 32 then, 64 now"),
-                         (["--data.weights", 0.5, 0.5], "data.mixture")):
-        out = finish(train(corpus, run, "--resume", *change), 2)
+    for change, weights, said in ((["--model.dim", 64], (0.7, 0.3), "model.dim: 32 then, 64 now"),
+                                  ([], (0.5, 0.5), "data.mixture")):
+        out = finish(train(corpus, run, "--resume", *change, weights=weights), 2)
         assert said in out and "Give the options of that run" in out
     assert "holds no run" in finish(train(corpus, tmp_path / "none", "--resume"), 2)
     assert "heads=3" in finish(train(corpus, tmp_path / "bad", "--model.heads", 3, "--model.kv_heads", 2), 2)

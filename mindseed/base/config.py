@@ -307,7 +307,7 @@ def run_tyro(tyro: Any, cls: type[T], args: list[str], prog: str, description: s
 
 def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], prog: str) -> list[str]:
     """The command line in tyro's spelling; every unknown option is reported, each with a suggestion."""
-    out, problems, i = [], [], 0
+    out, problems, i, seen = [], [], 0, set()
     while i < len(argv) and not argv[i].startswith("-"):
         i += 1
     out += place(argv[:i], positional, prog)
@@ -324,6 +324,9 @@ def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], p
             out.append(word)
         elif name in known:
             leaf, rest = known[name], argv[i:i + 1]
+            if name in seen and typing.get_origin(leaf.type) in (tuple, list):
+                problems.append(f"--{flag} is given twice; give all its values after one: --{flag} A B")
+            seen.add(name)
             follows = bool(rest) and (not rest[0].startswith("-") or is_number(rest[0]))
             if leaf.is_bool and (eq or (follows and rest[0].lower() in WORDS)):
                 given, i = (value, i) if eq else (rest[0], i + 1)

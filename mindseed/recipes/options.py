@@ -97,6 +97,10 @@ class TrainOptions:
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     loop: LoopOptions = field(default_factory=LoopOptions)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed={self.seed} must lie between 0 and 2^63 - 1")
+
 
 def derive(options: TrainOptions, *, dim: int, params: int, rows_per_epoch: int | None, world: int = 1) -> TrainOptions:
     """Fill in what is None, except the model's shape and `loop.steps` under `loop.minutes`, which needs a clock.

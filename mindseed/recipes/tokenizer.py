@@ -41,6 +41,7 @@ class Options:
     max_bytes: int = option(20_000_000, help="bytes of text to learn from; 20 MB take about 0.8 GB of memory")
     workers: int | None = option(None, help="processes that cut the text into words; none: one per core")
     seed: int = option(0, help="which documents are drawn when there are more than max_bytes")
+    overwrite: bool = option(False, help="replace the tokenizer that is there")
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "workers"):
@@ -53,6 +54,9 @@ def main(options: Options) -> None:
         raise UserError("name the text and a folder: mindseed tokenizer FILES --out FOLDER")
     if Path(options.out).is_file():
         raise UserError(f"--out {options.out} is a file; name a folder")
+    if (Path(options.out) / "tokenizer.json").exists() and not options.overwrite:
+        raise UserError(f"{options.out} has a tokenizer already, and a model may need it; choose another folder or add "
+                        "--overwrite")
     start = time.perf_counter()
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TimeElapsedColumn()
     with Progress(*columns, console=notes, transient=True) as bar:

@@ -30,10 +30,10 @@ from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import make_folder, write_json, write_text
 from mindseed.base.hardware import describe_machine, peak
-from mindseed.base.log import bytes_text, open_sinks, say, si, table, warn
+from mindseed.base.log import bytes_text, open_sinks, read_jsonl, say, si, table, warn
 from mindseed.core import Objective
 from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
-from mindseed.data.mix import Mixture
+from mindseed.data.mix import BLOCK, Mixture
 from mindseed.data.prefetch import Prefetch
 from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
@@ -109,7 +109,8 @@ def train(options: TrainOptions, device: torch.device) -> Path:
         run.after_step.append(ema.update)
 
     checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
-        "model": config_to_dict(model.config), "tokenizer": data.tokenizer.hash(), "data": data.rows.identity()})
+        "model": config_to_dict(model.config), "tokenizer": data.tokenizer.hash(), "data": data.rows.identity(),
+        "optim.kind": options.optim.kind})
     resumed = resume(options, run, ema, checkpoints)
     if resumed and run.step >= options.loop.steps and (run_folder / "model").exists():
         if dist.is_main():
@@ -188,7 +189,8 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     parts = [PackedRows(entry.split("train"), seq_len=given.seq_len, seed=options.seed, strategy=given.packing,
                         cross_documents=given.cross_documents)
              for entry in entries]
-    weights = given.weights or tuple(float(len(part)) for part in parts)
+    sizes = [float(len(part)) for part in parts]
+    weights = given.weights or [max(n, 1.5 * sum(sizes) / BLOCK) for n in sizes]             # tiny files count as well
     rows = parts[0] if len(parts) == 1 else Mixture(list(zip(parts, weights)), seed=options.seed, names=names)
     heldout = {name: Evaluation(entry.split("heldout"), seq_len=given.seq_len, batch_size=max(1, 4096 // given.seq_len),
                                 limit=options.loop.validate_documents)
@@ -263,8 +265,11 @@ def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkp
         return None
     newest = checkpoints.newest()
     if newest is None:
-        if options.resume == "newest" and not (Path(options.out) / "config.toml").exists():
-            raise UserError(f"{options.out} holds no checkpoint; leave out --resume to start")
+        log, every = Path(options.out) / "log.jsonl", options.loop.save_every
+        done = max((row["step"] for row in read_jsonl(log)), default=0) if log.exists() else 0
+        if every and done > every:
+            raise UserError(f"{options.out} has a log of {done} steps and no checkpoint any more: put its checkpoints "
+                            "back, or start anew with another --out")
         return None
     path, saved = newest
     restore(run, ema, saved)
@@ -294,7 +299,8 @@ def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 
         for i in range(min(len(documents), max(1, count // len(data.entries)))):
             ids, trainable = documents.get(i)
             cut = 9 if trainable is None else int(trainable.argmax())
-            prompts.append([int(x) for x in ids[:cut]])
+            if 0 < len(ids[:cut]) < model.config.seq_len:                         # else there is no room for an answer
+                prompts.append([int(x) for x in ids[:cut]])
 
     def draw(step: int) -> dict[str, Any]:
         if not dist.is_main() or not prompts:
