@@ -74,7 +74,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"{argv[0]!r} is not a recipe{suggestion(name, RECIPES) or '; see `mindseed --help`'}")
     share_cores()
     recipe = load(name)
-    options = parse(recipe.Options, rest, prog=f"mindseed {name}", description=recipe.__doc__)
+    under = {"under": recipe.options_of_run} if hasattr(recipe, "options_of_run") else {}
+    options = parse(recipe.Options, rest, prog=f"mindseed {name}", description=recipe.__doc__, **under)
     return recipe.main(options) or 0
 
 

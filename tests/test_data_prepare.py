@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import safetensors.numpy
 
 from mindseed.base.errors import UserError
 from mindseed.base.files import sha256
+from mindseed.data import pack
 from mindseed.data import prepare as preparing
 from mindseed.data.loader import Evaluation, PackedSource
 from mindseed.data.prepare import prepare
@@ -271,7 +273,7 @@ def test_plans_are_kept_on_disk_and_follow_the_data(tmp_path, monkeypatch):
     out = tmp_path / "out"
     documents = prepare(write(tmp_path / "a.jsonl", [story(i) for i in range(99)]), out, TOKENIZER).split("train")
     first = PackedSource(documents, seq_len=128, batch_size=4)
-    assert len(list((out / "plans").iterdir())) == 1
+    assert len(list((out / "plans").glob("best-*"))) == 1
     monkeypatch.setattr("mindseed.data.pack._Windows", None)          # must come from the disk now
     again = PackedSource(documents, seq_len=128, batch_size=4)
     assert all((next(first).ids == next(again).ids).all() for _ in range(30))
@@ -344,3 +346,13 @@ def test_another_programs_manifest_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="another program's"):
         prepare(tmp_path / "a.jsonl", tmp_path / "ext", TOKENIZER, overwrite=True)
     assert (tmp_path / "ext" / "manifest.json").exists()
+
+
+def test_of_many_who_want_a_plan_one_makes_it(tmp_path, monkeypatch):
+    prepare(write(tmp_path / "a.jsonl", [story(i) for i in range(60)]), tmp_path / "out", TOKENIZER)
+    made, make = [], pack._to_disk
+    monkeypatch.setattr(pack, "_to_disk", lambda *args: (made.append(args[0]), time.sleep(0.1), make(*args)))
+    documents = [Prepared(tmp_path / "out").split("train") for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        plans = list(pool.map(lambda some: pack.plan(some, 32), documents))
+    assert len(made) == 1 and len({len(plan) for plan in plans}) == 1

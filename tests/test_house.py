@@ -30,7 +30,7 @@ FLOORS = {
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 NO_TORCH = ["agents", "infer/blocks.py", "infer/scheduler.py", "base/config.py", "base/errors.py", "base/files.py",
             "cli.py", "__main__.py", "__init__.py"]
-CORE_DEPENDENCIES = ["torch", "numpy", "safetensors", "tokenizers", "jinja2", "tyro", "rich"]
+CORE_DEPENDENCIES = ["torch", "numpy", "safetensors", "tokenizers", "jinja2", "filelock", "tyro", "rich"]
 
 
 def modules() -> dict[str, Path]:

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from mindseed.base.files import locked
 from mindseed.data.prepare import prepare
 from mindseed.data.toy import World
 from mindseed.tokenizers import bpe_train
@@ -160,6 +162,24 @@ def test_another_optimiser_cannot_go_on(corpus, tmp_path):
     finish(train(corpus, tmp_path / "run", "--loop.steps", 6, "--optim.kind", "muon"))
     said = finish(train(corpus, tmp_path / "run", "--loop.steps", 9, "--optim.kind", "adamw", "--resume"), code=2)
     assert "optim.kind: muon then, adamw now" in said
+
+
+def test_going_on_needs_no_option_again_and_says_what_changed(corpus, tmp_path):
+    run = tmp_path / "run"
+    finish(train(corpus, run, "--loop.steps", 6, "--optim.weight_decay", 0.3))
+    resume = ["train", "--out", run, "--resume", "--loop.steps", 9, "--loop.sample_every", 0]
+    with locked(run / ".lock"):
+        assert "is being written by another process" in finish(mindseed(*resume), 2)
+    said = finish(mindseed(*resume, "--optim.lr", 0.002, "--optim.beta1", 0.8))
+    changed = {line.split()[1].rstrip(":"): line.split(":")[1].strip() for line in said.splitlines()
+               if line.startswith("changed")}
+    assert changed == {"loop.steps": "6 then, 9 now", "optim.beta1": "0.9 then, 0.8 now",
+                       "optim.lr": changed["optim.lr"]} and changed["optim.lr"].endswith("0.002 now")
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 9 and rows[-3]["lr"] <= 0.002 < rows[4]["lr"]
+    kept = torch.load(run / "checkpoints" / "step-00000009" / "trainer.pt", weights_only=True)
+    groups = [g for o in kept["backend"]["optimizers"] for g in o["param_groups"]]
+    assert {g["betas"][0] for g in groups if "betas" in g} == {0.8} and {g["weight_decay"] for g in groups} == {0.0, 0.3}
 
 
 def test_a_long_held_out_question_is_no_sample(corpus, tmp_path):

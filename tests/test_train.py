@@ -17,9 +17,9 @@ from mindseed.data.shards import MemoryDocuments
 from mindseed.objectives.sft import SFT
 from mindseed.optim.ema import EMA
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
-from mindseed.train.loop import Fit, Hook, fit
-from mindseed.train.native import NativeBackend, NonFinite
-from mindseed.train.state import Checkpoints, capture, restore
+from mindseed.train.loop import Fit, Hook, fit, steps_for_minutes
+from mindseed.train.native import PATIENCE, NativeBackend, NonFinite
+from mindseed.train.state import Checkpoints, capture, compare, restore
 from mindseed.train.step import Run, train_step
 from mindseed.train.validate import evaluate
 from tests.tiny import VOCAB, Fixed, flat, random_batch, split, tiny_model
@@ -247,3 +247,31 @@ def test_a_damaged_newer_checkpoint_does_not_cost_the_new_one(tmp_path, capsys):
     good = checkpoints.save(run, None)
     assert checkpoints.newest()[0] == good and "going back to step-00000013" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("kind,precision", [("adamw", "fp32"), ("muon", "fp32"), ("muon", "fp16")])
+def test_timing_a_few_steps_leaves_no_trace(kind, precision):
+    runs = [make_run(tiny_model(), mixture(2), kind=kind, precision=precision, accumulate=2) for _ in range(2)]
+    before = copy.deepcopy(capture(runs[0], None))
+    assert steps_for_minutes(runs[0], 1.0) > 1
+    assert not compare(flatten(before), flatten(capture(runs[0], None)))
+    assert steps(runs[0], 3) == steps(runs[1], 3)
+    torch.testing.assert_close(flat(runs[0].backend.model), flat(runs[1].backend.model), rtol=0, atol=0)
+
+
+def flatten(value, name="run") -> dict:
+    """Every leaf under its path; tensors as lists, so that two can be told apart by ==."""
+    if isinstance(value, dict) or isinstance(value, (list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items for k, v in flatten(part, f"{name}.{key}").items()}
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value}
+
+
+def test_fp16_that_never_fits_is_a_fault_in_the_end():
+    run = make_run(tiny_model(), Fixed([random_batch(2, 8)]), precision="fp16")
+    with torch.no_grad():
+        run.backend.model.embed.weight.fill_(torch.inf)
+    for _ in range(PATIENCE):
+        train_step(run)
+    with pytest.raises(NonFinite, match=f"{PATIENCE + 1} steps in a row, at a loss scale of"):
+        train_step(run)

@@ -21,7 +21,7 @@ import types
 import typing
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Iterator, TypeVar
+from typing import Any, Callable, Iterator, TypeVar
 
 from mindseed.base.errors import UserError
 
@@ -257,6 +257,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two nested dicts of options as one; where both have a value, that of `above`."""
+    out = dict(below)
+    for key, value in ((key.replace("-", "_"), value) for key, value in above.items()):
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
 def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     """What differs between two configs (or their dicts): {dotted name: (in a, in b)}; a missing value is None."""
     left, right = flatten(a), flatten(b)
@@ -266,9 +275,11 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
 
 # ---------------------------------------------------------------------------------------------------- the command line
 
-def parse(cls: type[T], argv: list[str], *, prog: str = "mindseed", description: str | None = None) -> T:
+def parse(cls: type[T], argv: list[str], *, prog: str = "mindseed", description: str | None = None,
+          under: Callable[[T], dict[str, Any] | None] = lambda options: None) -> T:
     """`[preset.toml] [positional ...] --section.option value ...` as an instance of `cls`.
 
+    `under` may find, by the options as they are, values to lie beneath preset and flags: those of a run to go on with.
     Dashes and underscores are the same. Booleans: `--x`, `--no-x`, `--x true`. Raises UserError for anything it does
     not understand; `--help` prints every option with its help and default (the preset's, if one is given) and exits.
     """
@@ -280,7 +291,12 @@ def parse(cls: type[T], argv: list[str], *, prog: str = "mindseed", description:
     args = normalise(argv, known, words, prog)
     prog = " ".join([prog, "[preset.toml]", *(f"[{leaf.name}]" for leaf in words)])
     if not any(a in ("-h", "--help") for a in args):
-        return run_tyro(tyro, cls, args, prog, description, default)
+        options = run_tyro(tyro, cls, args, prog, description, default)
+        below = under(options)
+        if below is None:
+            return options
+        merged = from_dict(cls, merge(below, read_toml(preset) if preset else {}), where="the options of the run")
+        return run_tyro(tyro, cls, args, prog, description, merged)
     return tyro.cli(cls, args=["--help"], prog=prog, description=description, use_underscores=True,
                     config=(tyro.conf.AvoidSubcommands,), **({} if default is None else {"default": default}))
 

@@ -50,6 +50,22 @@ def atomic(path: Path | str) -> Iterator[Path]:
             temp.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path | str, *, wait_s: float = -1, busy: str = "") -> Iterator[None]:
+    """Hold the lock file `path`, which the system gives back even after a kill. Waits `wait_s` seconds (-1: for ever)
+    for another process that holds it, then raises UserError(busy)."""
+    from filelock import FileLock, Timeout
+    lock = FileLock(make_folder(Path(path).parent) / Path(path).name)
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout:
+        raise UserError(busy or f"{path} is held by another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def make_folder(path: Path | str) -> Path:
     """The folder, made with all above it if need be. UserError where that is impossible."""
     path = Path(path)

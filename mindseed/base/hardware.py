@@ -110,19 +110,14 @@ def measured_peak(device: str, dtype: torch.dtype, *, seconds: float = 0.5) -> f
     return 2 * size**3 / best
 
 
-FAST_BFLOAT16: list[bool] = []                               # the answer, once it is known
-
-
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones; measured once per process.
+    """Whether this CPU has a matrix unit for bfloat16 (AMX).
 
-    Kept in a list and not by functools.cache, which torch.compile looks through: it would compile the measurement.
+    A fact about the machine and not a measurement, for the numbers of a run hang on it: two processes on a busy machine
+    may measure different things, and would then train different models from one seed. Vector instructions alone
+    (avx512_bf16) are no reason: where we measured them, products took twice the time of float32 (docs/LOG.md).
     """
-    if not FAST_BFLOAT16:
-        import torch
-        FAST_BFLOAT16.append(measured_peak("cpu", torch.bfloat16, seconds=0.1)
-                             > measured_peak("cpu", torch.float32, seconds=0.1))
-    return FAST_BFLOAT16[0]
+    return MATRIX_UNIT
 
 
 def timed_matmul(a: torch.Tensor) -> float:
@@ -184,3 +179,6 @@ def cpu_info() -> dict[str, str]:
     path = Path("/proc/cpuinfo")
     entry = path.read_text().split("\n\n")[0] if path.exists() else ""
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in entry.splitlines())}
+
+
+MATRIX_UNIT = "amx_bf16" in cpu_info().get("flags", "").split()

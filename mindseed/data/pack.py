@@ -25,7 +25,7 @@ from typing import Iterator, Literal, get_args
 import numpy as np
 
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, read_json, recover, write_json
+from mindseed.base.files import atomic, locked, read_json, recover, write_json
 from mindseed.data.shards import Documents, Mapped, write_arrays
 from mindseed.data.shuffle import key_of, shuffled
 
@@ -85,9 +85,10 @@ def plan(documents: Documents, seq_len: int, *, strategy: Strategy = "best-fit",
         return _in_memory(documents, seq_len, strategy, seed, pieces)
     about = f"{VERSION} {documents.fingerprint} {seq_len} {strategy} {seed} {pieces}"
     name = f"{strategy}-{seq_len}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
-    folder = recover(folder / "plans" / name)
-    if not (folder / "stats.json").exists():
-        _to_disk(folder, documents, seq_len, strategy, seed, pieces)
+    folder = folder / "plans" / name
+    with locked(folder.parent / ".lock"):          # of several ranks or runs, the first plans for all
+        if not (recover(folder) / "stats.json").exists():
+            _to_disk(folder, documents, seq_len, strategy, seed, pieces)
     mapped = Mapped(folder / "plan.safetensors")
     return Plan(mapped.arrays["segments"], mapped.arrays["rows"], Stats(**read_json(folder / "stats.json")), mapped)
 

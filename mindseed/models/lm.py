@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mindseed.base.hardware import fast_bfloat16
 from mindseed.core import Output, State, StateSpec
 from mindseed.models.block import Aux, Block
 from mindseed.models.config import LMConfig
@@ -83,7 +82,6 @@ class LM(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile for every block. Attention in blocks of queries stays outside: its loops follow the packing,
         which is another one in every batch and would be compiled anew each time."""
-        fast_bfloat16()                           # measured now, so that compiled code finds the answer
         self.attention = torch.compiler.disable(BlockedAttention.apply)
         for block in self.blocks:
             block.compile()

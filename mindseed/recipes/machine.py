@@ -28,11 +28,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 on GPUs that have it; on a CPU whichever of bf16 and fp32 multiplies matrices faster."""
+    """`auto`: bf16 on GPUs that have it; on a CPU bf16 if it has a matrix unit for it."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if device.type != "cpu":
         return "fp32"
-    return "bf16" if dist.gather(fast_bfloat16())[0] else "fp32"
+    return "bf16" if fast_bfloat16() else "fp32"

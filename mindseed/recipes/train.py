@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -28,13 +29,14 @@ from mindseed import __version__
 from mindseed.base import config as base_config
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.files import make_folder, write_json, write_text
+from mindseed.base.files import locked, make_folder, read_json, write_json, write_text
 from mindseed.base.hardware import describe_machine, peak
 from mindseed.base.log import bytes_text, open_sinks, read_jsonl, say, si, table, warn
 from mindseed.core import Objective
 from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
 from mindseed.data.mix import BLOCK, Mixture
 from mindseed.data.prefetch import Prefetch
+from mindseed.data.readers import expand
 from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
@@ -58,6 +60,7 @@ from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
 from mindseed.train.state import Checkpoints, restore
 from mindseed.train.step import Run
+from mindseed.tokenizers.chat import template_hash
 from mindseed.tokenizers.hf_json import load_tokenizer
 from mindseed.train.validate import evaluate
 
@@ -82,6 +85,11 @@ def train(options: TrainOptions, device: torch.device) -> Path:
     """The whole run; returns the model directory. Raises Interrupted when it was asked to stop."""
     run_folder = Path(options.out)
     options = claim(options, run_folder)
+    with alone(run_folder):
+        return train_in(run_folder, options, device)
+
+
+def train_in(run_folder: Path, options: TrainOptions, device: torch.device) -> Path:
     data = open_data(options, run_folder)
     model, info = open_model(options, data.tokenizer, device)
     options = derive(options, dim=model.config.dim, params=sum(p.numel() for p in model.parameters()),
@@ -128,7 +136,7 @@ def train(options: TrainOptions, device: torch.device) -> Path:
             sinks=open_run(options, run_folder, resumed) if dist.is_main() else [],
             flops_per_token=flops_per_token(model.config, options.data.seq_len).model, peak_flops=peak_flops))
     source.close()
-    return finish(options, model, data, ema, run, info, run_folder)
+    return finish(options, backend, model, data, ema, run, info, run_folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -145,6 +153,26 @@ class Data:
     entries: list[Prepared]
     names: list[str]
     heldout: dict[str, Evaluation]
+
+
+def options_of_run(options: TrainOptions) -> dict[str, Any] | None:
+    """What the run to go on with was given and has derived: it holds where the command says nothing else."""
+    config = Path(options.out) / "config.toml"
+    if options.resume == "never" or not config.exists():
+        return None
+    saved = base_config.read_toml(config)
+    if options.loop.minutes is not None or options.loop.epochs is not None:
+        saved["loop"] = saved.get("loop", {}) | {"steps": "none"}
+    return saved
+
+
+def alone(folder: Path) -> contextlib.AbstractContextManager:
+    """Keep other processes from writing to the run as long as this one lives."""
+    if not dist.is_main():
+        return contextlib.nullcontext()
+    about = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    return locked(folder / ".lock", wait_s=0, busy=f"{folder} is being written by another process "
+                  f"(number {about.get('process', 'unknown')}); end it first, or choose another folder (--out NAME)")
 
 
 def claim(options: TrainOptions, folder: Path) -> TrainOptions:
@@ -178,7 +206,7 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     folders = [prepare_entry(entry, i, options, where, run_folder) for i, entry in enumerate(given.train)]
     dist.barrier()                                # rank 0 has written it all
     tokenizer = load_tokenizer(where)
-    entries = [Prepared(folder, tokenizer=tokenizer) for folder in folders]
+    entries = [Prepared(folder, tokenizer=tokenizer, template_hash=template_hash()) for folder in folders]
     for entry in entries:
         if entry.kind == "preference":
             raise UserError(f"{entry.folder} holds preference pairs (chosen, rejected); this recipe trains on texts "
@@ -207,9 +235,14 @@ def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
         if (Path(entry) / "manifest.json").exists():
             return Path(entry) / "tokenizer"
     own = run_folder / "tokenizer"
-    if not own.exists() and dist.is_main():
+    learnt_from = {"vocab_size": options.data.vocab_size, "files": [
+        [str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in expand(options.data.train)]}
+    before = read_json(own / "learnt_from.json") if (own / "learnt_from.json").exists() else None
+    if dist.is_main() and before != learnt_from and not (run_folder / "config.toml").exists():
         recipe = importlib.import_module("mindseed.recipes.tokenizer")
-        recipe.main(recipe.Options(data=options.data.train, out=str(own), vocab_size=options.data.vocab_size))
+        recipe.main(recipe.Options(data=options.data.train, out=str(own), vocab_size=options.data.vocab_size,
+                                   overwrite=True))
+        write_json(own / "learnt_from.json", learnt_from)
     return own
 
 
@@ -343,6 +376,10 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
         f"{loop.precision} on {device}")
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
           [list(row) for row in group_table(groups)])
+    if resumed:
+        saved = base_config.read_toml(folder / "config.toml") | {"out": options.out, "resume": options.resume}
+        for name, (then, now) in base_config.diff(base_config.from_dict(TrainOptions, saved), options).items():
+            say(f"changed    {name}: {then} then, {now} now")
     say(f"going on from {resumed}" if resumed else f"writing to {folder}")
 
 
@@ -352,7 +389,7 @@ def open_run(options: TrainOptions, folder: Path, resumed: Path | None) -> list:
     write_text(folder / "config.toml", base_config.to_toml(replace(options, resume="never")))
     write_json(folder / "run.json", {
         "command": shlex.join(["mindseed", *sys.argv[1:]]), "version": __version__, "commit": commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(),
+        "process": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(),
         "world_size": dist.world_size()})
     log = folder / "log.jsonl"
     if log.exists():
@@ -373,10 +410,14 @@ def commit() -> str | None:
         return None
 
 
-def finish(options: TrainOptions, model: LM, data: Data, ema: EMA | None, run: Run, info: dict, folder: Path) -> Path:
+def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data, ema: EMA | None, run: Run, info: dict,
+           folder: Path) -> Path:
     """Write the model directory, with the averaged weights if there are any."""
     out = folder / "model"
     if dist.is_main():
+        if backend.skipped > run.step / 10:
+            warn(f"{backend.skipped} of {run.step} steps were left out because fp16 overflowed; lower optim.lr, or use "
+                 "bf16 or fp32")
         if ema:
             ema.swap()
         model.eval()

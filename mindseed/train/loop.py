@@ -6,6 +6,7 @@ not wait.
 """
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from dataclasses import dataclass, field
@@ -158,9 +159,9 @@ class Signals:
 
 
 def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
-    """How many steps fit into `minutes`, from timing a few that leave no trace: nothing is updated, and the stream and
-    the random state are put back."""
-    stream, random = run.source.state_dict(), torch.get_rng_state()
+    """How many steps fit into `minutes`, from timing a few at a learning rate of 0, before the first step. They leave
+    no trace: the stream, the random state and what the optimisers remember are put back."""
+    stream, random, backend = run.source.state_dict(), torch.get_rng_state(), run.backend.state_dict()
     times = []
     for _ in range(trials + 1):
         start = time.monotonic()
@@ -168,11 +169,13 @@ def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
         scale = 1 / torch.stack([run.objective.count(b) for b in batches]).sum().clamp_min(1)
         for i, batch in enumerate(batches):
             run.backend.forward_backward(batch, scale=scale, last=i == run.accumulate - 1)
+        with contextlib.suppress(NonFinite):      # the run itself will say which samples caused it
+            run.backend.step(0.0)
         times.append(time.monotonic() - start)
-    run.backend.clear()
+    run.backend.load_state_dict(backend)
     if run.balance:
         run.balance.forget()
     run.source.load_state_dict(stream)
     torch.set_rng_state(random)
     slowest = max(dist.gather(sorted(times[1:])[trials // 2]))
-    return max(1, int(60 * minutes / (slowest * 1.25)))         # a quarter for updates, validation and saving
+    return max(1, int(60 * minutes / (slowest * 1.25)))         # a quarter for validation, samples and saving

@@ -17,6 +17,7 @@ from mindseed.train.scored import Scored
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PATIENCE = 40                                     # halvings that take the first loss scale, 2^16, to nothing
 
 
 class NonFinite(FloatingPointError):
@@ -27,7 +28,8 @@ class NativeBackend:
     """Weights stay in float32 (the masters); bf16 and fp16 run the products through autocast.
 
     fp16 multiplies the loss by a growing scale; a step whose gradients overflow is skipped on all ranks alike, and
-    counted. In fp32 and bf16 a non-finite gradient is a fault: NonFinite is raised before anything is updated.
+    counted; after PATIENCE of them in a row the fault is not the scale. There, and at once in fp32 and bf16,
+    NonFinite is raised before anything is updated.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, optimizers: list[torch.optim.Optimizer], *,
@@ -41,7 +43,7 @@ class NativeBackend:
         if dist.world_size() > 1:
             self.scored = DistributedDataParallel(self.scored, gradient_as_bucket_view=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.skipped = 0
+        self.skipped = self.in_a_row = 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "fp32":
@@ -68,9 +70,11 @@ class NativeBackend:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_norm or torch.inf)
         finite = bool(torch.isfinite(norm))
-        if not finite and self.precision != "fp16":
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if self.in_a_row > (PATIENCE if self.precision == "fp16" else 0):
             self.clear()
-            raise NonFinite(f"gradient norm is {norm.item()} at lr={lr:g}")
+            scaled = f", {self.in_a_row} steps in a row, at a loss scale of {self.scaler.get_scale():g}"
+            raise NonFinite(f"gradient norm is {norm.item()} at lr={lr:g}{scaled if self.in_a_row > 1 else ''}")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -91,6 +95,9 @@ class NativeBackend:
 
     def load_state_dict(self, state: dict) -> None:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            asked = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, own in zip(optimizer.param_groups, asked, strict=True):
+                group |= own                      # betas and decay are those asked for now, not those of the file
         self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state["skipped"]
+        self.skipped, self.in_a_row = state["skipped"], 0
