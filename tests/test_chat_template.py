@@ -275,6 +275,11 @@ def test_rows_that_cannot_be_rendered_are_user_errors(row, message):
         normalise(row)
 
 
+def test_sharegpt_is_recognised():
+    with pytest.raises(UserError, match='rename "from" to "role"'):
+        normalise({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]})
+
+
 @bounded
 @given(row=st.fixed_dictionaries({"messages": st.lists(st.dictionaries(
     st.sampled_from(["role", "content", "reasoning_content", "tool_calls", "tools"]),

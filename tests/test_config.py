@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,9 @@ from mindseed.base.hardware import (PEAKS, describe_machine, listed_peak, measur
                                      total_memory)
 from mindseed.base.log import (JsonlSink, StepBar, bytes_text, duration, extra, open_sinks, read_jsonl, si, step_line,
                                units)
+from mindseed.optim.groups import OptimConfig
+from mindseed.optim.schedule import ScheduleConfig
+from mindseed.recipes.options import DataOptions, LoopOptions, TrainOptions, without_effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,6 +417,21 @@ def test_a_peak_is_that_of_the_dtype_asked_for_even_inside_autocast():
         timed_matmul(torch.ones(4, 4))
         torch.ones(4, 4) @ torch.ones(4, 4)
     assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_options_without_effect_are_named():
+    assert without_effect(TrainOptions()) == []
+    idle = TrainOptions(optim=OptimConfig(kind="adamw", momentum=0.5),
+                        schedule=ScheduleConfig(kind="cosine", decay=0.1),
+                        loop=LoopOptions(steps=3, tokens_per_param=5.0, validate_every=0, validate_documents=9),
+                        data=DataOptions(tokenizer="t", vocab_size=99))
+    assert without_effect(idle) == [
+        "optim.momentum has no effect: optim.kind is adamw", "schedule.decay has no effect: schedule.kind is cosine",
+        "loop.tokens_per_param has no effect: loop.steps says how long to train",
+        "loop.validate_documents has no effect: loop.validate_every is 0",
+        "data.vocab_size has no effect: data.tokenizer is given"]
+    assert without_effect(replace(idle, optim=OptimConfig(momentum=0.5), schedule=ScheduleConfig(decay=0.1),
+                                  loop=LoopOptions(tokens_per_param=5.0), data=DataOptions(vocab_size=99))) == []
 
 
 def test_a_list_is_given_once(capsys):

@@ -171,9 +171,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     except ImportError:
         raise UserError(f'{path}: reading parquet needs pyarrow: pip install "mindseed[parquet]"') from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 18) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            row_bytes = sum(group.total_byte_size for group in groups) / max(1, file.metadata.num_rows)
             line = 0
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=min(1024, 1 + int((1 << 20) / max(1, row_bytes)))):
                 for row in batch.to_pylist():
                     line += 1
                     yield line, _without_nulls(row)

@@ -7,7 +7,8 @@ import torch
 
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.hardware import fast_bfloat16
+from mindseed.base.hardware import fast_bfloat16, total_memory
+from mindseed.base.log import bytes_text, warn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,3 +37,10 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type != "cpu":
         return "fp32"
     return "bf16" if fast_bfloat16() else "fp32"
+
+
+def warn_if_too_big(need: int, device: torch.device) -> None:
+    """Say before the first step what the system would say in the middle of the run."""
+    if device.type in ("cpu", "cuda") and need > total_memory(device):
+        warn(f"this needs {bytes_text(need)}, {device} has {bytes_text(total_memory(device))}; lower "
+             "loop.micro_batch or give --loop.recompute")

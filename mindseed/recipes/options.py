@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from mindseed.base.config import option
+from mindseed.base.config import diff, option
 from mindseed.base.errors import UserError
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
@@ -100,6 +101,26 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed={self.seed} must lie between 0 and 2^63 - 1")
+
+
+def without_effect(options: TrainOptions) -> list[str]:
+    """A line for every option that was given and that another one makes idle."""
+    data, loop, schedule = options.data, options.loop, options.schedule
+    long = next((name for name in ("steps", "minutes", "epochs") if getattr(loop, name) is not None), None)
+    prepared = data.train and all((Path(entry) / "manifest.json").exists() for entry in data.train)
+    tokenizer = ("data.tokenizer is given" if data.tokenizer else "model.start brings its tokenizer"
+                 if options.model.start else "the data are prepared" if prepared else None)
+    causes = {
+        "optim.momentum": "optim.kind is adamw" if options.optim.kind == "adamw" else None,
+        "schedule.decay": f"schedule.kind is {schedule.kind}" if schedule.kind != "wsd" else None,
+        "schedule.final": "schedule.kind is constant" if schedule.kind == "constant" else None,
+        "loop.tokens_per_param": f"loop.{long} says how long to train" if long else None,
+        "loop.validate_documents": "loop.validate_every is 0" if loop.validate_every == 0 else None,
+        "data.vocab_size": tokenizer,
+        **dict.fromkeys(("data.heldout", "data.fim_rate", "data.max_skipped"), "the data are prepared already"
+                        if prepared else None)}
+    changed = diff(TrainOptions(), options)
+    return [f"{name} has no effect: {cause}" for name, cause in causes.items() if cause and name in changed]
 
 
 def derive(options: TrainOptions, *, dim: int, params: int, rows_per_epoch: int | None, world: int = 1) -> TrainOptions:

@@ -16,8 +16,8 @@ import torch
 from mindseed.base import dist
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
-from mindseed.base.hardware import peak, total_memory
-from mindseed.base.log import bytes_text, duration, say, si, table, units, warn
+from mindseed.base.hardware import peak
+from mindseed.base.log import bytes_text, duration, say, si, table, units
 from mindseed.data.shards import Prepared
 from mindseed.models.config import LMConfig
 from mindseed.models.describe import describe
@@ -25,7 +25,7 @@ from mindseed.plan.flops import Flops, flops_per_token
 from mindseed.plan.memory import TrainMemory, cache_bytes, cache_bytes_per_token, plan_memory, token_ratio
 from mindseed.plan.params import Params, count_params
 from mindseed.recipes.options import TrainOptions, derive
-from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
+from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
 
 MEMORY_ROWS = {"weights": "weights, fp32", "gradients": "gradients", "optimizer": "optimiser state",
                "ema": "moving average", "casts": "narrow copies of weights",
@@ -115,9 +115,7 @@ def show_memory(memory: TrainMemory, device: torch.device, micro_batch: int, seq
     rows = [[text, bytes_text(n)] for name, text in MEMORY_ROWS.items() if (n := getattr(memory, name))]
     table(f"memory per device, micro-batch {micro_batch} x {seq_len}", ["what", "bytes"],
           [*rows, ["total", bytes_text(memory.total)]])
-    if device.type != "mps" and memory.total > total_memory(device):
-        warn(f"this needs {bytes_text(memory.total)}, {device} has {bytes_text(total_memory(device))}; lower "
-             "loop.micro_batch or give --loop.recompute")
+    warn_if_too_big(memory.total, device)
 
 
 def show_run(options: Options, params: Params, flops: Flops, *, steps: int, speed: float, machine: str) -> None:

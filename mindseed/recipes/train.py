@@ -50,11 +50,12 @@ from mindseed.optim.ema import EMA
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
 from mindseed.plan.flops import flops_per_token
+from mindseed.plan.memory import plan_memory
 from mindseed.plan.params import count_params
 from mindseed.recipes import prepare
-from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
+from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.model_options import MLAOptions, ModelOptions, MoEOptions
-from mindseed.recipes.options import TrainOptions, derive, derive_intervals
+from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
 from mindseed.train.balance import Balance
 from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
@@ -90,6 +91,8 @@ def train(options: TrainOptions, device: torch.device) -> Path:
 
 
 def train_in(run_folder: Path, options: TrainOptions, device: torch.device) -> Path:
+    for line in without_effect(options) if dist.is_main() else []:
+        warn(line)
     data = open_data(options, run_folder)
     model, info = open_model(options, data.tokenizer, device)
     options = derive(options, dim=model.config.dim, params=sum(p.numel() for p in model.parameters()),
@@ -374,6 +377,9 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
              "loop.epochs), would serve the model better")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
+    warn_if_too_big(plan_memory(c, batch_size=loop.micro_batch, seq_len=options.data.seq_len,
+                                itemsize=DTYPES[loop.precision].itemsize, optimizer=options.optim.kind,
+                                ema=loop.ema is not None, recompute=loop.recompute).total, device)
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
           [list(row) for row in group_table(groups)])
     if resumed:

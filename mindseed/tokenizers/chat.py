@@ -195,6 +195,9 @@ def check(messages: list[Message]) -> None:
         if not isinstance(message, dict):
             raise UserError(f"{where} is {type(message).__name__}, not an object with role and content")
         role = message.get("role")
+        if role is None and "from" in message and "value" in message:
+            raise UserError(f'{where} is in ShareGPT\'s form: rename "from" to "role" (human is user, gpt assistant) '
+                            'and "value" to "content"')
         if role not in ROLES:
             raise UserError(f"{where} has the role {role!r}; the roles are {', '.join(ROLES)}")
         for key in ("content", "reasoning_content"):
