@@ -57,8 +57,11 @@ def in_process(module: str, *arguments: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def report(name: str, title: str, header: list[str], rows: list[list[str]], *, command: str, notes: str = "") -> None:
-    """Print the table and put it in the section `name` of docs/BENCHMARKS.md, with date, machine and command."""
+def report(name: str, title: str, header: list[str], rows: list[list[str]], *, command: str, notes: str = "",
+           page: Path | None = None) -> None:
+    """Print the table and put it in the section `name` of docs/BENCHMARKS.md (or another page), with date, machine and
+    command."""
+    path = page or PAGE
     machine = describe_machine()
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -67,7 +70,7 @@ def report(name: str, title: str, header: list[str], rows: list[list[str]], *, c
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
     section = (f"<!-- {name} -->\n## {title}\n\n{text}\n\n{notes + chr(10) + chr(10) if notes else ''}"
                f"`{command}`, {time.strftime('%Y-%m-%d')}, on: {facts}.\n<!-- end {name} -->")
-    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
     pattern = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->", re.S)
-    page = pattern.sub(lambda _: section, page) if pattern.search(page) else f"{page.rstrip()}\n\n{section}\n"
-    write_text(PAGE, page)
+    write_text(path, pattern.sub(lambda _: section, text) if pattern.search(text)
+               else f"{text.rstrip()}\n\n{section}\n")

@@ -30,7 +30,8 @@ def files(kind: str) -> tuple[list[Path], str]:
 def prepared(kind: str, folder: Path) -> tuple[Prepared, ByteLevel, str]:
     """A tokenizer of 6400 trained on the files, and the files tokenised, in `folder`."""
     paths, source = files(kind)
-    tokenizer_recipe.main(tokenizer_recipe.Options(data=tuple(map(str, paths)), out=str(folder / "tokenizer"),
-                                                   max_bytes=5_000_000))
+    if not (folder / "tokenizer").exists():
+        tokenizer_recipe.main(tokenizer_recipe.Options(data=tuple(map(str, paths)), out=str(folder / "tokenizer"),
+                                                       max_bytes=5_000_000))
     tokenizer = load_tokenizer(folder / "tokenizer")
     return prepare(paths, folder / kind, tokenizer), tokenizer, source

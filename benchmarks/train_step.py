@@ -20,7 +20,7 @@ from benchmarks.common import ROUNDS, in_process, in_turn, ratio, report, second
 from mindseed.base.hardware import measured_peak
 from mindseed.core import Batch
 from mindseed.models.lm import build
-from mindseed.models.presets import PRESETS
+from mindseed.models.presets import PRESETS, Shape
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
 from mindseed.plan.flops import flops_per_token
@@ -34,11 +34,11 @@ def batch() -> torch.Tensor:
     return torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
 
 
-def our_step(compiled: bool):
+def our_step(compiled: bool, shape: Shape = PRESETS["mini"], precision: str = "bf16"):
     """A callable that does one step."""
-    config = PRESETS["mini"].lm_config(vocab_size=VOCAB, seq_len=LENGTH)
+    config = shape.lm_config(vocab_size=VOCAB, seq_len=LENGTH)
     model, optim = build(config).train(), OptimConfig(kind="adamw", lr=1e-3)
-    backend = NativeBackend(model, SFT(), build_optimizers(parameter_groups(model, optim), optim), precision="bf16")
+    backend = NativeBackend(model, SFT(), build_optimizers(parameter_groups(model, optim), optim), precision=precision)
     if compiled:
         model.compile_blocks()
     ids = batch()
@@ -52,20 +52,25 @@ def our_step(compiled: bool):
     return step
 
 
-def their_step(compiled: bool):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    s = PRESETS["mini"]
-    model = Qwen3ForCausalLM(Qwen3Config(
+def their_step(compiled: bool, shape: Shape = PRESETS["mini"], precision: str = "bf16"):
+    import transformers
+    s, kind, more = shape, "Qwen3", {}
+    if s.moe is not None:
+        kind, more = "Qwen3Moe", {"num_experts": s.moe.experts, "num_experts_per_tok": s.moe.top_k,
+                                  "moe_intermediate_size": s.moe.expert_dim, "norm_topk_prob": s.moe.renormalise,
+                                  "output_router_logits": True, "router_aux_loss_coef": s.moe.balance_weight}
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCAB, hidden_size=s.dim, intermediate_size=s.ffn_dim, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim, tie_word_embeddings=True,
-        max_position_embeddings=LENGTH, use_cache=False)).train()
+        max_position_embeddings=LENGTH, use_cache=False, **more)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
     if compiled:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = batch()[:, :-1].contiguous()
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
