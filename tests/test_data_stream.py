@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindseed import cli
 from mindseed.base.errors import UserError
 from mindseed.data import pack
 from mindseed.data.loader import Evaluation, PackedRows, PackedSource, RowSource
@@ -19,6 +20,9 @@ from mindseed.data.pack import best_fit, next_fit, plan
 from mindseed.data.prefetch import Prefetch
 from mindseed.data.shards import MemoryDocuments
 from mindseed.data.shuffle import key_of, shuffled
+from mindseed.tokenizers.byte import Byte
+from mindseed.tokenizers.hf_json import save_tokenizer
+from tests.tiny import tiny_model
 
 quick = settings(max_examples=50, deadline=None)
 
@@ -189,6 +193,52 @@ def test_resuming_on_other_data_says_what_differs():
 def test_bad_settings(settings, message):
     with pytest.raises(UserError, match=message):
         PackedSource(corpus([5]), **{"seq_len": 8, "batch_size": 1, **settings})
+
+
+# --------------------------------------------------------------------------------------- documents that see each other
+
+def test_crossing_documents_changes_positions_alone():
+    documents = corpus([5, 9, 4, 30, 7, 3])
+    plain, crossed = (next(RowSource(PackedRows(documents, seq_len=12, cross_documents=x), batch_size=6))
+                      for x in (False, True))
+    for name in ("ids", "targets", "weights"):
+        assert torch.equal(getattr(plain, name), getattr(crossed, name))
+    starts = (plain.positions == 0) & (plain.targets > 0)
+    assert (starts.sum(1) > 1).any()                                  # some row holds several documents
+    for row, targets in zip(crossed.positions.tolist(), crossed.targets.tolist()):
+        used = sum(t > 0 for t in targets)
+        assert row == [*range(used), *[0] * (12 - used)]              # through the row; padding stays apart
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_only_crossed_documents_see_each_other(crossed):
+    documents = MemoryDocuments([(np.arange(1 + 9 * d, 8 + 9 * d), None) for d in range(2)])
+    batch = next(RowSource(PackedRows(documents, seq_len=12, cross_documents=crossed), batch_size=1))
+    model = tiny_model().eval()
+    logits = model(batch.ids, batch.positions).logits()
+    batch.ids[:, 2] = 60                                              # within the first document
+    moved = (model(batch.ids, batch.positions).logits() - logits).abs().amax(-1)[0]
+    assert (moved[:2] == 0).all() and (moved[2:6] > 0).all()
+    assert (moved[6:] > 0).all() if crossed else (moved[6:] == 0).all()
+
+
+def test_crossing_documents_is_another_stream():
+    parts = [PackedRows(corpus([9] * 9), seq_len=8, cross_documents=x) for x in (False, True)]
+    assert parts[0].identity() != parts[1].identity()
+    with pytest.raises(UserError, match="cross_documents was False, is True"):
+        RowSource(parts[1], batch_size=2).load_state_dict(RowSource(parts[0], batch_size=2).state_dict())
+
+
+def test_a_run_does_not_go_on_with_documents_crossed(tmp_path, capsys):
+    save_tokenizer(Byte(), tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(20)))
+    command = (f"train --data.train {tmp_path}/a.jsonl --data.tokenizer {tmp_path}/tokenizer --out {tmp_path}/run "
+               "--data.seq_len 32 --loop.batch 2 --model.layers 1 --model.dim 16 --model.heads 2 --model.kv_heads 1 "
+               "--model.head_dim 8 --model.ffn_dim 16 --data.heldout 0 --loop.sample_every 0 --loop.steps").split()
+    assert cli.main([*command, "1"]) == 0
+    assert cli.main([*command, "2", "--data.cross_documents", "--resume"]) == 2
+    assert "data.cross_documents: False then, True now" in capsys.readouterr().err
+    assert cli.main([*command, "2", "--resume"]) == 0
 
 
 # --------------------------------------------------------------------------------------------------------- mixing
