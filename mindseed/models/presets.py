@@ -19,7 +19,7 @@ from mindseed.nn.mla import MLAConfig
 from mindseed.nn.moe import MoEConfig
 from mindseed.nn.rope import RopeConfig
 
-Positions = Literal["rope", "alibi", "learned", "none"]
+Positions = Literal["rope", "alibi", "learned", "nope"]      # nope: none at all (2305.19466)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class Shape:
         if self.window is not None and "S" not in self.pattern:
             raise UserError(f"model.window={self.window} has no effect: no layer of model.pattern={self.pattern} is "
                             "an S")
+        if self.mtp < 0:
+            raise UserError(f"model.mtp={self.mtp} must not be negative: it is a number of further tokens")
         try:
             layers = tuple(LayerConfig(mixer=self.mixer(self.pattern[i % len(self.pattern)]),
                                        ffn=self.ffn(i >= self.dense_layers)) for i in range(self.layers))

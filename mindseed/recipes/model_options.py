@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Iterator, Literal
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
@@ -45,7 +45,7 @@ class MoEOptions:
             raise UserError(f"model.moe.{next(iter(asked))} has no effect without model.moe.experts")
         top_k = asked.get("top_k", min(2, asked["experts"]))
         balance = {} if asked.get("bias") or "balance_weight" in asked else {"balance_weight": 0.01}
-        return MoEConfig(**{"top_k": top_k, "expert_dim": max(1, ffn_dim // top_k)} | balance | asked)
+        return MoEConfig(**{"top_k": top_k, "expert_dim": max(1, ffn_dim // max(1, top_k))} | balance | asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class ModelOptions:
     pattern: str | None = option(None, help="kinds of layers, cycled: L the whole past, S a window, D linear "
                                             "attention, such as SSSL [derived: L]")
     window: int | None = option(None, help="tokens that a windowed layer sees [derived]")
-    positions: Positions | None = option(None, help="how order is known [derived: rope]")
+    positions: Positions | None = option(None, help="how order is known; nope: not at all [derived: rope]")
     norm: Literal["rms", "layer"] | None = option(None, help="kind of normalisation [derived: rms]")
     placement: Literal["pre", "post", "sandwich"] | None = option(None, help="where it stands [derived: pre]")
     activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "relu2"] | None = option(
@@ -101,6 +101,27 @@ class ModelOptions:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("start", "preset", "moe", "mla")}
         shape = override(base, **plain)
         try:
-            return override(shape, moe=self.moe.config(shape), latent=self.mla.shape(shape))
+            shape = override(shape, moe=self.moe.config(shape), latent=self.mla.shape(shape))
         except ValueError as error:
             raise UserError(f"this model cannot be built: {error}") from None
+        for name, why in self.idle(shape, base):
+            raise UserError(f"model.{name} has no effect: {why}")
+        return shape
+
+    def idle(self, shape: Shape, base: Shape) -> Iterator[tuple[str, str]]:
+        """Options that were given and change nothing about `shape`, which came from `base`, and why."""
+        kinds = set((shape.pattern * max(shape.layers, 1))[:max(shape.layers, 1)]) | set("L" if shape.mtp else "")
+        attends, latent, moe = bool(kinds & set("LS")), shape.latent is not None, shape.moe
+        mixed = moe is not None and not shape.dense_layers
+        rules = (
+            ("theta", shape.positions != "rope" or not attends, "no layer has rotary positions"),
+            ("qk_norm", latent or not attends, f"{'latent' if latent else 'linear'} attention norms in its own way"),
+            ("kv_heads", latent and "D" not in kinds, "latent attention gives every query head its keys and values"),
+            ("positions", not attends and shape.positions != "learned", "linear attention knows order by itself"),
+            ("activation", mixed, "every feed-forward is a mixture, and experts are SwiGLU"),
+            ("ffn_dim", mixed and (base.moe is not None or self.moe.expert_dim is not None),
+             "every feed-forward is a mixture; say model.moe.expert_dim"),
+            ("mtp_weight", not shape.mtp, "nothing further is predicted; say model.mtp"))
+        yield from ((name, why) for name, idle, why in rules if idle and getattr(self, name) is not None)
+        if moe is not None and self.moe.bias_rate is not None and not moe.bias:
+            yield "moe.bias_rate", "no biases balance the experts; say model.moe.bias"
