@@ -117,6 +117,14 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
+def read_object(path: Path | str) -> dict[str, Any]:
+    """The same for a file that must hold a JSON object."""
+    if not isinstance(value := read_json(path), dict):
+        raise UserError(f"{path} holds {type(value).__name__ if value is not None else 'null'}, not a JSON object; "
+                        "restore the file")
+    return value
+
+
 def sha256(path: Path | str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -84,6 +84,9 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
 
 def read(source: Path, tokenizer: str | None) -> Loaded:
     """Whatever the source is."""
+    if source.suffix in PICKLES and not source.exists():
+        near = sorted(str(p) for p in source.parent.glob(f"*{source.suffix}"))
+        raise UserError(f"{source} does not exist" + (f"; beside it there is {', '.join(near[:5])}" if near else ""))
     if source.is_file() and source.suffix in PICKLES:
         model, family, stored = minimind.load_state_dict(source)
         return Loaded(model=model, tokenizer=load_tokenizer(Path(tokenizer) if tokenizer else beside(source)),

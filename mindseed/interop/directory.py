@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mindseed import __version__
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, read_json, recover, write_json
+from mindseed.base.files import atomic, read_object, recover, write_json
 from mindseed.core import Tokenizer
 from mindseed.interop.families import NATIVE, family_in, family_of
 from mindseed.interop.family import Family
@@ -122,8 +122,8 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
     UserError, naming file and remedy, for whatever is missing, truncated, foreign or does not fit together.
     """
     folder = require_folder(recover(Path(folder)))
-    data = read_json(folder / "config.json")
-    ours = read_json(folder / "mindseed.json") if (folder / "mindseed.json").exists() else {}
+    data = read_object(folder / "config.json")
+    ours = read_object(folder / "mindseed.json") if (folder / "mindseed.json").exists() else {}
     family, config = read_config(data, ours, folder)
     tokenizer = load_tokenizer(folder)
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
@@ -131,9 +131,9 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer this model was trained with: its hash "
                         "is not that in mindseed.json. Restore the file.")
     model, stored = load_weights(family, config, folder, dtype, device)
-    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    generation = read_object(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored, family=family,
-                  stop_ids=stop_ids(generation, data), chat_template=read_template(folder),
+                  stop_ids=stop_ids(generation, data, folder), chat_template=read_template(folder),
                   template_hash=ours.get("template_hash"),
                   sampling={k: generation[k] for k in ("do_sample", "temperature", "top_p", "top_k", "min_p",
                                                        "repetition_penalty") if generation.get(k) is not None})
@@ -183,10 +183,13 @@ def require_vocabulary(tokens: int, rows: int, where: str) -> None:
                         "together. Use the tokenizer that the model was trained with.")
 
 
-def stop_ids(generation: dict[str, Any], config: dict[str, Any]) -> tuple[int, ...]:
+def stop_ids(generation: dict[str, Any], config: dict[str, Any], folder: Path) -> tuple[int, ...]:
     """The ids that end an answer: those of generation_config.json, else of config.json."""
-    ids = generation.get("eos_token_id", config.get("eos_token_id"))
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+    told = generation.get("eos_token_id", config.get("eos_token_id"))
+    ids = [] if told is None else told if isinstance(told, list) else [told]
+    if not all(isinstance(id, int) for id in ids):
+        raise UserError(f"{folder}: eos_token_id is {told!r}; it must be a token id or a list of them")
+    return tuple(ids)
 
 
 def read_template(folder: Path) -> str | None:
@@ -194,7 +197,7 @@ def read_template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.exists() else None
+    template = read_object(config).get("chat_template") if config.exists() else None
     return template if isinstance(template, str) else None
 
 

@@ -43,7 +43,7 @@ def family_in(data: dict[str, Any], where: str) -> Family:
     kind = data.get("model_type")
     if kind == "minimind":                        # transformers' directories of that project
         kind = QWEN3_MOE.name if data.get("use_moe") else QWEN3.name
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{where} describes the architecture {kind!r}; this version reads "
                         f"{', '.join([*FAMILIES, 'minimind', NATIVE])}")
     return FAMILIES[kind]

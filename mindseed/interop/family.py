@@ -30,6 +30,8 @@ QK_NORM = [Rule(f"{name}_norm.weight", f"self_attn.{name}_norm.weight") for name
 SWIGLU = [Rule(f"{name}.weight", f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")]
 EXPERTS = [Rule("router.weight", "mlp.gate.weight"),
            *(Rule(f"{name}.weight", f"mlp.experts.{{e}}.{name}_proj.weight") for name in ("gate", "up", "down"))]
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class Family:
         }
         if reasons := [what for bad, what in refused.values() if bad]:
             raise UserError(f"{where} asks for {' and '.join(reasons)}, which this version cannot compute")
+        if odd := [f"{key}={data[key]!r}" for key in SIZES if not isinstance(data.get(key), int | None)]:
+            raise UserError(f"{where} does not describe a model: {', '.join(odd)} must be whole numbers")
         try:
             return self.read(data, where)
         except KeyError as error:

@@ -7,6 +7,7 @@ learn; see nn/moe.py). Names and arithmetic are those of Qwen3 and Qwen3-MoE.
 """
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mindseed.interop.family import Family
 from mindseed.interop.qwen3 import QWEN3
 from mindseed.interop.qwen3_moe import QWEN3_MOE
 from mindseed.interop.rules import read_names, read_tensors, translate
-from mindseed.interop.weights import DTYPES, read_pickle
+from mindseed.interop.weights import read_pickle, require_dtype
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM
 from mindseed.nn.ffn import SwiGLUConfig
@@ -34,7 +35,10 @@ def load_state_dict(file: Path) -> tuple[LM, Family, torch.dtype]:
     """(the model in float32 and eval mode, the family it belongs to, the dtype that was stored)."""
     state = {name.removeprefix("_orig_mod.").removeprefix("module."): x for name, x in read_pickle(file).items()}
     state = {name: x for name, x in state.items() if not name.endswith(NOT_WEIGHTS)}
-    config = infer_config(state, str(file))
+    try:
+        config = infer_config(state, str(file))
+    except ValueError as error:
+        raise UserError(f"{file} is not a state dict of MiniMind's current layout: {error}") from None
     if config.tied:
         state.pop("lm_head.weight", None)
     family = QWEN3_MOE if isinstance(config.layers[0].ffn, MoEConfig) else QWEN3
@@ -42,27 +46,30 @@ def load_state_dict(file: Path) -> tuple[LM, Family, torch.dtype]:
         model = LM(config)
     expected = {name: x.shape for name, x in model.state_dict().items()}
     names = translate(family.layout, config, expected)
-    read_names(names, expected, {name: x.shape for name, x in state.items()}, str(file))
+    read_names(names, expected, {name: x.shape for name, x in state.items()}, str(file),
+               told="its first layer promises", remedy="Copy the file again.")
+    for name, x in state.items():
+        require_dtype(f"{file}: {name}", x)
     stored = state["model.embed_tokens.weight"].dtype
-    if stored not in DTYPES.values():
-        raise UserError(f"{file} holds weights in {stored}; only {', '.join(DTYPES)} can be read")
     model.load_state_dict({name: x.float() for name, x in read_tensors(names, state.__getitem__)}, assign=True)
     return model.requires_grad_(True).eval(), family, stored
 
 
 def infer_config(state: dict[str, Tensor], where: str) -> LMConfig:
-    """The architecture behind the shapes. UserError for a state dict of another kind."""
-    def shape(name: str) -> torch.Size:
+    """The architecture behind the shapes. UserError for a state dict of another kind, ValueError for odd shapes."""
+    def shape(name: str, dims: int = 2) -> torch.Size:
         if name not in state:
             raise UserError(f"{where} is not a state dict of MiniMind's current layout: it has no {name}"
                             + (" (versions of 2025 have no QK-norm; their number of heads cannot be inferred)"
                                if name.endswith("q_norm.weight") else ""))
+        if state[name].ndim != dims or not state[name].numel():
+            raise ValueError(f"{name} has the shape {list(state[name].shape)}")
         return state[name].shape
 
     vocab_size, dim = shape("model.embed_tokens.weight")
-    head_dim = shape(FIRST + "self_attn.q_norm.weight")[0]
+    head_dim, = shape(FIRST + "self_attn.q_norm.weight", 1)
     heads, kv_heads = (shape(f"{FIRST}self_attn.{x}_proj.weight")[0] // head_dim for x in "qk")
-    layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("model.layers."))
+    layers = 1 + max(int(number) for name in state for number in re.findall(r"^model\.layers\.(\d+)\.", name))
     if FIRST + "mlp.gate.weight" in state:
         ffn = MoEConfig(experts=shape(FIRST + "mlp.gate.weight")[0], top_k=TOP_K,
                         expert_dim=shape(FIRST + "mlp.experts.0.gate_proj.weight")[0])

@@ -83,7 +83,8 @@ def write_names(names: Names, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def read_names(names: Names, expected: Mapping[str, torch.Size], there: Mapping[str, torch.Size],
-               where: str) -> None:
+               where: str, told: str = "its config.json describes",
+               remedy: str = "Restore the file, or the config.json that belongs to it.") -> None:
     """Check that a file holds exactly the tensors of a model.
 
     `expected` are the shapes of ours, `there` those of theirs. One UserError names all that is missing, unexpected or
@@ -97,8 +98,7 @@ def read_names(names: Names, expected: Mapping[str, torch.Size], there: Mapping[
              if name in there and tuple(there[name]) != tuple(shape)]
     if problems := [f"{len(found)} {kind}: {listed(found)}" for kind, found in
                     (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)) if found]:
-        raise UserError(f"{where} does not hold the tensors that its config.json describes; {'; '.join(problems)}. "
-                        "Restore the file, or the config.json that belongs to it.")
+        raise UserError(f"{where} does not hold the tensors that {told}; {'; '.join(problems)}. {remedy}")
 
 
 def stacked(theirs: list[str]) -> bool:

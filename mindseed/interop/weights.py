@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mindseed.base.errors import UserError
-from mindseed.base.files import read_json, write_json
+from mindseed.base.files import read_object, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -45,7 +46,12 @@ def weight_files(folder: Path) -> list[Path]:
         if single.exists():
             return [single]
         if index.exists():
-            files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            home = read_object(index).get("weight_map")
+            if not isinstance(home, dict) or not home or not all(isinstance(x, str) for x in home.values()):
+                raise UserError(f"{index} has no weight_map of names to files; restore the file")
+            files = [folder / name for name in sorted(set(home.values()))]
+            if away := sorted({name for name in home.values() if Path(name).name != name}):
+                raise UserError(f"{index} names {', '.join(away)}, outside its folder; such files are not read")
             if gone := [file.name for file in files if not file.exists()]:
                 raise UserError(f"{index} names {', '.join(gone)}, which {'is' if len(gone) == 1 else 'are'} not there")
             return files
@@ -73,23 +79,32 @@ class TensorFiles:
     def open(self, file: Path, stack: contextlib.ExitStack) -> None:
         if file.suffix != ".safetensors":
             for name, x in read_pickle(file).items():
-                self.home[name], self.shapes[name] = (lambda name, x=x: x), x.shape
+                self.add(name, lambda name, x=x: x, x.shape, file)
             return
         try:
             opened = stack.enter_context(safe_open(file, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from None
         for name in opened.keys():
-            self.home[name], self.shapes[name] = opened.get_tensor, torch.Size(opened.get_slice(name).get_shape())
+            self.add(name, opened.get_tensor, torch.Size(opened.get_slice(name).get_shape()), file)
+
+    def add(self, name: str, read: Callable[[str], Tensor], shape: torch.Size, file: Path) -> None:
+        if name in self.home:
+            raise UserError(f"{file} holds {name}, which another of these files holds too; delete the wrong one")
+        self.home[name], self.shapes[name] = read, shape
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
 
     def __call__(self, name: str) -> Tensor:
         x = self.home[name](name)
-        if x.dtype not in DTYPES.values():
-            raise UserError(f"{name} is stored as {x.dtype}; only weights in {', '.join(DTYPES)} can be read")
+        require_dtype(name, x)
         return x
+
+
+def require_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES.values():
+        raise UserError(f"{name} is stored as {x.dtype}; only weights in {', '.join(DTYPES)} can be read")
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
@@ -98,12 +113,18 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file} holds more than tensors, and reading that could run a stranger's code, so it is not "
-                        f"read ({str(error).splitlines()[0][:120]})") from None
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise UserError(f"{file} holds more than tensors{what}, and reading that could run a stranger's code, so it is "
+                        "not read; save the model's state_dict() alone") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{file} is truncated or not a file that torch.save wrote "
                         f"({str(error).splitlines()[0][:120]}); copy it again") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
-        raise UserError(f"{file} is no bare state dict: it holds "
-                        f"{type(state).__name__ if not isinstance(state, dict) else 'something beside tensors'}")
+    if not isinstance(state, dict):
+        raise UserError(f"{file} is no bare state dict: it holds a {type(state).__name__}")
+    if odd := [name for name, x in state.items() if not (isinstance(name, str) and isinstance(x, Tensor))]:
+        raise UserError(f"{file} is no bare state dict: beside tensors it holds {', '.join(map(str, odd[:5]))} (is it "
+                        "a checkpoint for resuming? The weights alone are what can be read)")
+    if not state:
+        raise UserError(f"{file} is no bare state dict: it is empty")
     return state
