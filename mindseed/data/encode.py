@@ -1,6 +1,6 @@
 """Rows into documents: what a worker process of `prepare` does with a chunk of a file.
 
-A text becomes `[BOS] + ids + [EOS]`, a conversation what the one chat renderer makes of it, with the mask of what is
+A text becomes `[begin] + ids + [end]`, a conversation what the one chat renderer makes of it, with the mask of what is
 to be learned; a preference row becomes two conversations, chosen then rejected. A chunk is encoded by one call of the
 bulk encoder. Which split a row falls into is decided by a hash of its content and nothing else: it does not depend on
 order, on the file or on the number of workers, and equal rows never end up on both sides.
@@ -19,7 +19,7 @@ from mindseed.base.errors import UserError
 from mindseed.data import fim
 from mindseed.data.formats import BadRow, parse, payloads
 from mindseed.data.readers import kind_of
-from mindseed.tokenizers.base import BOS, EOS
+from mindseed.tokenizers.base import DOCUMENT_MARKS, document_marks
 from mindseed.tokenizers.chat import encode_spans, normalise, render
 
 CHUNK_BYTES, CHUNK_ROWS = 1 << 20, 2048           # one unit of work: whichever comes first
@@ -134,7 +134,7 @@ class Encoder:
                for _, split, text in texts]
         pieces = [part for (_, _, text), parts in zip(texts, cut) for part in parts or (text,)]
         encoded = iter(self.tokenizer.encode_batch(pieces) if pieces else [])
-        bos, eos = self.tokenizer.specials[BOS], self.tokenizer.specials[EOS]
+        bos, eos = (self.tokenizer.specials[mark] for mark in require_marks(self.tokenizer))
         marks = fim.markers(self.tokenizer) if self.fim_rate else (0, 0, 0)
         documents = []
         for (line, split, text), parts in zip(texts, cut):
@@ -173,6 +173,13 @@ class Encoder:
             "chat": np.array([mask is not None for mask in masks], np.uint8),
             "source": np.full(len(ids), source, np.int32),
             "line": np.array(lines, np.int64)})
+
+
+def require_marks(tokenizer: Any) -> tuple[str, str]:
+    if marks := document_marks(tokenizer.specials):
+        return marks
+    raise UserError("this tokenizer has no special tokens for the beginning and the end of a document; known are "
+                    f"{', '.join(map(' '.join, DOCUMENT_MARKS))}. Train one with `mindseed tokenizer`")
 
 
 def _encodable(text: str) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from mindseed.base.errors import UserError
 from mindseed.base.files import read_json, sha256, write_json
 from mindseed.data import fim
-from mindseed.data.encode import SPLITS, Chunk, Encoded, Encoder, Pieces, chunks
+from mindseed.data.encode import SPLITS, Chunk, Encoded, Encoder, Pieces, chunks, require_marks
 from mindseed.data.formats import check
 from mindseed.data.readers import expand
 from mindseed.data.shards import SCHEMA, Prepared, write_arrays
@@ -62,6 +62,7 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
                         f"workers = {workers} must be at least 1")
     if not 0 <= fim_rate <= 1:
         raise UserError(f"fim_rate = {fim_rate} must lie between 0 and 1: the share of texts whose middle is told last")
+    require_marks(tokenizer)
     if fim_rate:
         fim.markers(tokenizer)
     out, files = Path(out), expand(paths)

@@ -21,7 +21,7 @@ from mindseed.infer.state import Cache
 from mindseed.infer.step import decoding_step
 from mindseed.models.lm import LM
 from mindseed.nn.linear import transposed_product, wants_transposed
-from mindseed.tokenizers.base import EOS, PAD, Stream
+from mindseed.tokenizers.base import EOS, PAD, Stream, document_marks
 
 Finish = Literal["stop", "length", "context"]     # a stop id or string; max_new reached; no room left in the context
 
@@ -193,7 +193,7 @@ def begin(tokenizer: Tokenizer | None, prompts: list[list[int]], stop: Collectio
           stop_ids: Collection[int] | None, limit: int, max_new: int) -> list[Row]:
     if stop_ids is None:
         known = {} if tokenizer is None else tokenizer.specials
-        stop_ids = [known[spelling] for spelling in (EOS, PAD) if spelling in known]
+        stop_ids = [known[mark] for mark in (EOS, PAD, *(document_marks(known) or ())[1:]) if mark in known]
     return [Row(i, tokenizer, stop, frozenset(stop_ids), limit - len(p), max_new) for i, p in enumerate(prompts)]
 
 

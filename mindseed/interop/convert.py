@@ -69,7 +69,8 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
     family = family or family_of(loaded.model.config)
     after = DTYPES[dtype] if dtype else loaded.dtype
     save_directory(loaded.model, loaded.tokenizer, target, info={"parent": str(source)} | loaded.info, dtype=after,
-                   chat_template=loaded.chat_template, sampling=loaded.sampling or SAMPLING, family=family)
+                   chat_template=loaded.chat_template, sampling=loaded.sampling or SAMPLING, family=family,
+                   stop_ids=loaded.stop_ids)
     names = names_in(family, loaded.model.config, {
         name: x for name, x in loaded.model.state_dict().items()
         if not name.startswith("mtp.") or family is None or family.layout.has_mtp})

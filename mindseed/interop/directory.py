@@ -32,7 +32,7 @@ from mindseed.interop.rules import Names, read_names, read_tensors, translate, w
 from mindseed.interop.weights import DTYPES, TensorFiles, save_tensors, weight_files
 from mindseed.models.config import LMConfig, config_from_dict, config_to_dict, without_training
 from mindseed.models.lm import LM
-from mindseed.tokenizers.base import BOS, EOS, PAD
+from mindseed.tokenizers.base import BOS, PAD, document_marks
 from mindseed.tokenizers.chat import JINJA, template_hash
 from mindseed.tokenizers.hf_json import load_tokenizer, save_tokenizer
 
@@ -67,18 +67,22 @@ class Loaded:
 def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info: dict[str, Any] | None = None,
                    dtype: torch.dtype | None = None, chat_template: str | None = JINJA,
                    sampling: dict[str, Any] = SAMPLING, family: Family | None = None,
-                   max_shard: int = MAX_SHARD) -> Path:
+                   stop_ids: tuple[int, ...] = (), max_shard: int = MAX_SHARD) -> Path:
     """Write a model directory, wholly or not at all. `dtype` is that of the weights in the file [the model's].
 
     `info` (parent, data, seed, metrics: plain JSON) is kept in mindseed.json. `chat_template` and `sampling` go where
     others look for them; only a model trained with our own template is marked as such. `family` is by default the
-    first that can hold the model, else our own layout. `max_shard` are the bytes of one file of weights. UserError if
-    `family` cannot hold the model or the tokenizer needs more ids than the model has.
+    first that can hold the model, else our own layout. `stop_ids` end an answer [the tokenizer's]. `max_shard` are the
+    bytes of one file of weights. UserError if `family` cannot hold the model or the tokenizer needs more ids than the
+    model has.
     """
     folder, config = Path(folder), model.config
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
     dtype, family = dtype or model.embed.weight.dtype, family or family_of(config)
-    specials = {"bos": tokenizer.specials.get(BOS), "eos": tokenizer.specials.get(EOS),
+    begin, end = document_marks(tokenizer.specials) or (None, None)
+    if chat_template == JINJA and begin != BOS:   # our chats cannot be told in this tokenizer's special tokens
+        chat_template = None
+    specials = {"bos": tokenizer.specials.get(begin), "eos": tokenizer.specials.get(end),
                 "pad": tokenizer.specials.get(PAD)}
     word = str(dtype).removeprefix("torch.")
     data = family.to_json(config, dtype=word, specials=specials) if family else {
@@ -90,7 +94,7 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
     ahead = {name: x for name, x in tensors.items() if name.startswith("mtp.")}
     if family and not family.layout.has_mtp:
         tensors = {name: x for name, x in tensors.items() if name not in ahead}
-    stop_ids = [specials[name] for name in ("eos", "pad") if specials[name] is not None]
+    stop_ids = list(stop_ids or dict.fromkeys(specials[x] for x in ("eos", "pad") if specials[x] is not None))
     generation = {"bos_token_id": specials["bos"], "eos_token_id": stop_ids or None, "pad_token_id": specials["pad"]}
     with atomic(folder) as temp:
         temp.mkdir()

@@ -20,7 +20,7 @@ from mindseed.base.files import atomic
 from mindseed.core import Tokenizer
 from mindseed.infer.generate import generate
 from mindseed.recipes.answer import AnswerOptions, warn_of_foreign_chat
-from mindseed.tokenizers.base import BOS
+from mindseed.tokenizers.base import document_marks
 from mindseed.tokenizers.chat import encode_chat, normalise
 
 
@@ -143,7 +143,8 @@ def read_prompt(line: str, options: Options, tokenizer: Tokenizer) -> tuple[dict
         if "prompt" in data and not isinstance(data["prompt"], str):
             raise UserError('"prompt" must be text')
     if "prompt" in data and options.mode == "text":
-        begin = [tokenizer.specials[BOS]] if BOS in tokenizer.specials else []
+        marks = document_marks(tokenizer.specials)
+        begin = [tokenizer.specials[marks[0]]] if marks else []
         return data, begin + tokenizer.encode(data["prompt"])
     messages, tools = ([{"role": "user", "content": data["prompt"]}], None) if "prompt" in data else normalise(data)
     if options.system and not any(m["role"] == "system" for m in messages):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Collection
 
 from mindseed.base.errors import UserError
 
@@ -26,6 +26,15 @@ MEDIA = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>"
          "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
 BUFFERS = tuple(f"<|buffer_{i}|>" for i in range(19))     # free ids: a later token needs no new embedding matrix
 SPECIALS = (PAD, BOS, EOS, *MARKUP, *MEDIA, *BUFFERS)     # 36 spellings; the position is the id
+
+# What stands at a document's beginning and end, here and in Qwen, in Llama 3, DeepSeek, Llama 2 and GPT-2.
+DOCUMENT_MARKS = ((BOS, EOS), ("<|begin_of_text|>", "<|end_of_text|>"),
+                  ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"), ("<s>", "</s>"), (PAD, PAD))
+
+
+def document_marks(specials: Collection[str]) -> tuple[str, str] | None:
+    """Spellings of the special tokens at the beginning and the end of a document; None if the tokenizer has none."""
+    return next((marks for marks in DOCUMENT_MARKS if all(mark in specials for mark in marks)), None)
 
 
 class ByteLevel(ABC):

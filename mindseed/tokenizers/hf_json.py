@@ -16,7 +16,7 @@ from typing import Any
 
 from mindseed.base.errors import UserError
 from mindseed.base.files import read_json, write_json
-from mindseed.tokenizers.base import BOS, EOS, PAD, ByteLevel
+from mindseed.tokenizers.base import PAD, ByteLevel, document_marks
 from mindseed.tokenizers.bpe import BPE, STAND_IN, spell_bytes
 from mindseed.tokenizers.byte import Byte
 from mindseed.tokenizers.split import GPT2, Splitter, by_pattern
@@ -35,7 +35,8 @@ def save_tokenizer(tokenizer: ByteLevel, directory: Path | str, *, chat_template
     write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False,
                               "add_eos_token": False, "clean_up_tokenization_spaces": False}
-    for name, spelling in (("pad_token", PAD), ("bos_token", BOS), ("eos_token", EOS)):
+    begin, end = document_marks(tokenizer.specials) or (None, None)
+    for name, spelling in (("pad_token", PAD), ("bos_token", begin), ("eos_token", end)):
         if spelling in tokenizer.specials:
             config[name] = spelling
     if max_len is not None:
@@ -81,6 +82,9 @@ def load_tokenizer(path: Path | str) -> ByteLevel:
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.json"
+    if path.suffix in (".pth", ".pt", ".bin", ".safetensors") and path.exists():
+        raise UserError(f"{path} holds weights; what is wanted is a folder with a tokenizer.json. A bare state dict "
+                        f"becomes a model directory by `mindseed convert {path} DIRECTORY`")
     data = read_json(path)
     try:
         tokenizer = parse_tokenizer(data)
