@@ -29,14 +29,17 @@ T = TypeVar("T")
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def option(default: Any = MISSING, *, help: str, bare: str | None = None, positional: bool = False) -> Any:
+def option(default: Any = MISSING, *, help: str, bare: str | None = None, positional: bool = False,
+           alias: str | None = None) -> Any:
     """A field with help. Mutable or nested defaults are shared, so they must be frozen or tuples.
 
     `bare` is the value meant by the flag alone (`--resume` for `--resume newest`). A `positional` option may also be
-    given without its flag, before all flags (`mindseed chat runs/demo/model`); a tuple takes all such words.
+    given without its flag, before all flags (`mindseed chat runs/demo/model`); a tuple takes all such words. An `alias`
+    is a second flag for the command line alone, under the name that other projects use.
     """
-    more = f" (the flag alone means {bare})" if bare is not None else ""
-    return field(default=default, metadata={"help": help + more, "bare": bare, "positional": positional})
+    more = (f" (the flag alone means {bare})" if bare is not None else "") + (f" (also --{alias})" if alias else "")
+    return field(default=default, metadata={"help": help + more, "bare": bare, "positional": positional,
+                                            "alias": alias})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +327,7 @@ def run_tyro(tyro: Any, cls: type[T], args: list[str], prog: str, description: s
 def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], prog: str) -> list[str]:
     """The command line in tyro's spelling; every unknown option is reported, each with a suggestion."""
     out, problems, i, seen = [], [], 0, set()
+    aliases = {alias: leaf.name for leaf in known.values() if (alias := leaf.field.metadata.get("alias"))}
     while i < len(argv) and not argv[i].startswith("-"):
         i += 1
     out += place(argv[:i], positional, prog)
@@ -333,7 +337,7 @@ def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], p
             out.append(word)
             continue
         flag, eq, value = word[2:].partition("=")
-        name = flag.replace("-", "_")
+        name = aliases.get(flag, flag.replace("-", "_"))
         stem, leaf_name = name.rpartition(".")[::2]
         negative = name.removeprefix("no_") if name.startswith("no_") else f"{stem}.{leaf_name.removeprefix('no_')}"
         if name == "help":

@@ -68,7 +68,7 @@ class MLAOptions:
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     start: str | None = option(None, help="model directory to start from, for more pretraining or for fine-tuning; "
-                                          "none: random weights")
+                                          "none: random weights", alias="init")
     preset: str | None = option(None, help=f"named shape: {', '.join(PRESETS)} [derived: toy, or from --depth]")
     layers: int | None = option(None, help="number of blocks [derived]")
     dim: int | None = option(None, help="width of the residual stream [derived]")
