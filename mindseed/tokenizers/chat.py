@@ -225,8 +225,9 @@ def check(messages: list[Message]) -> None:
 def normalise(row: dict[str, Any]) -> tuple[list[Message], Tools]:
     """(messages, tools) of a data row: MiniMind's `conversations`, `messages`, or Alpaca's instruction and output.
 
-    `tools` may stand in the row or in a message; it, `tool_calls` and their `arguments` may be JSON in a string.
-    Raises UserError for all that cannot be rendered, and for an assistant's turn that says nothing.
+    `tools` may stand in the row or in a message (there once called `functions`); it, `tool_calls` and their
+    `arguments` may be JSON in a string. Raises UserError for all that cannot be rendered, and for an assistant's turn
+    that says nothing.
     """
     if "conversations" in row or "messages" in row:
         given = row["conversations"] if "conversations" in row else row["messages"]
@@ -253,7 +254,7 @@ def normalise(row: dict[str, Any]) -> tuple[list[Message], Tools]:
             clean["tool_calls"] = [normal_call(call, i) for call in calls]
         if clean["role"] == "assistant" and not render_answer(clean):
             raise UserError(f"message {i} (assistant) is empty")
-        if mine := from_json(message.get("tools"), f"message {i}: tools"):
+        if mine := from_json(message.get("tools") or message.get("functions"), f"message {i}: tools"):
             if tools and tools != mine:
                 raise UserError(f"message {i} brings other tools than an earlier place; a conversation has one list")
             tools = mine
