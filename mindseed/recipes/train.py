@@ -16,12 +16,13 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
@@ -169,13 +170,21 @@ def options_of_run(options: TrainOptions) -> dict[str, Any] | None:
     return saved
 
 
-def alone(folder: Path) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to the run as long as this one lives."""
     if not dist.is_main():
-        return contextlib.nullcontext()
+        yield
+        return
     about = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    return locked(folder / ".lock", wait_s=0, busy=f"{folder} is being written by another process "
-                  f"(number {about.get('process', 'unknown')}); end it first, or choose another folder (--out NAME)")
+    busy = (f"{folder} is being written by another process (number {about.get('process', 'unknown')}); end it first, "
+            "or choose another folder (--out NAME)")
+    with locked(folder / ".lock", wait_s=0, busy=busy):
+        try:
+            yield
+        finally:
+            if [p.name for p in folder.iterdir()] == [".lock"]:                  # refused before anything was written
+                shutil.rmtree(folder)
 
 
 def claim(options: TrainOptions, folder: Path) -> TrainOptions:
