@@ -17,6 +17,8 @@ import contextlib
 import difflib
 import io
 import json
+import math
+import re
 import types
 import typing
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -30,16 +32,17 @@ WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 def option(default: Any = MISSING, *, help: str, bare: str | None = None, positional: bool = False,
-           alias: str | None = None) -> Any:
+           alias: str | None = None, stray: bool = False) -> Any:
     """A field with help. Mutable or nested defaults are shared, so they must be frozen or tuples.
 
     `bare` is the value meant by the flag alone (`--resume` for `--resume newest`). A `positional` option may also be
     given without its flag, before all flags (`mindseed chat runs/demo/model`); a tuple takes all such words. An `alias`
-    is a second flag for the command line alone, under the name that other projects use.
+    is a second flag for the command line alone, under the name that other projects use. A `stray` option is what an
+    error suggests for a file that stands there although nothing may.
     """
     more = (f" (the flag alone means {bare})" if bare is not None else "") + (f" (also --{alias})" if alias else "")
     return field(default=default, metadata={"help": help + more, "bare": bare, "positional": positional,
-                                            "alias": alias})
+                                            "alias": alias, "stray": stray})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,9 @@ def read_toml(path: Path | str) -> dict[str, Any]:
         near = sorted(str(p) for p in Path(path).parent.glob("*.toml"))
         hint = suggestion(str(path), near) or (f"; found there: {', '.join(near)}" if near else "")
         raise UserError(f"preset {path} does not exist{hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except RecursionError:
+        raise UserError(f"{path} is not a readable TOML file: its lists are nested too deeply") from None
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is not a readable TOML file: {error}") from None
 
 
@@ -187,6 +192,23 @@ def convert_union(args: tuple, value: Any, name: str, known: set[str], problems:
             return out
     problems.append(f"{name} must be {spell(typing.Union[args])}, not {describe(value)}")
     return None
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value in memory is an instance of the annotation `kind`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        args = args[:1] * len(value) if args[-1:] == (...,) else args
+        return len(value) == len(args) and all(map(is_of, value, args))
+    if kind in (int, float):
+        return type(value) is int or kind is float and isinstance(value, float)
+    return isinstance(value, kind)
 
 
 def to_dict(config: Any) -> Any:
@@ -294,14 +316,25 @@ def parse(cls: type[T], argv: list[str], *, prog: str = "mindseed", description:
     args = normalise(argv, known, words, prog)
     prog = " ".join([prog, "[preset.toml]", *(f"[{leaf.name}]" for leaf in words)])
     if not any(a in ("-h", "--help") for a in args):
-        options = run_tyro(tyro, cls, args, prog, description, default)
+        options = plausible(run_tyro(tyro, cls, args, prog, description, default))
         below = under(options)
         if below is None:
             return options
         merged = from_dict(cls, merge(below, read_toml(preset) if preset else {}), where="the options of the run")
-        return run_tyro(tyro, cls, args, prog, description, merged)
+        return plausible(run_tyro(tyro, cls, args, prog, description, merged))
     return tyro.cli(cls, args=["--help"], prog=prog, description=description, use_underscores=True,
                     config=(tyro.conf.AvoidSubcommands,), **({} if default is None else {"default": default}))
+
+
+def plausible(options: T) -> T:
+    """The options themselves; UserError for NaN, infinity and NUL, which no option of any recipe means."""
+    for name, value in flatten(options).items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, float) and not math.isfinite(part):
+                raise UserError(f"{name} must be a finite number, not {part}")
+            if isinstance(part, str) and "\0" in part:
+                raise UserError(f"{name} must not hold the character NUL")
+    return options
 
 
 def run_tyro(tyro: Any, cls: type[T], args: list[str], prog: str, description: str | None, default: T | None) -> T:
@@ -314,8 +347,10 @@ def run_tyro(tyro: Any, cls: type[T], args: list[str], prog: str, description: s
     except ValueError as error:                   # a cross-check of the outermost class
         raise UserError(str(error)) from None
     except SystemExit:
-        inside = [line.strip("│ \n") for line in said.getvalue().splitlines() if line.startswith("│")]
-        first = " ".join(inside).split("───")[0].strip() or said.getvalue().strip()
+        boxed = "│" in said.getvalue()            # in the C locale there are only rules, and the title is a part too
+        lines = [line.strip("│| ") for line in said.getvalue().splitlines() if not boxed or line.startswith("│")]
+        parts = [part.strip() for part in re.split("[─-]{3,}", " ".join(lines)) if part.strip()] or [""]
+        first = parts[0 if boxed or len(parts) == 1 else 1]
         what, colon, why = first.removeprefix("Error parsing ").partition(": ")
         kind = {leaf.name: leaf.type for leaf in leaves(cls)}.get(what.removeprefix("--"))
         if colon and kind is not None and first.startswith("Error parsing"):
@@ -330,7 +365,8 @@ def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], p
     aliases = {alias: leaf.name for leaf in known.values() if (alias := leaf.field.metadata.get("alias"))}
     while i < len(argv) and not argv[i].startswith("-"):
         i += 1
-    out += place(argv[:i], positional, prog)
+    stray = [leaf.name for leaf in known.values() if leaf.field.metadata.get("stray")]
+    out += place(argv[:i], positional, prog, stray)
     while i < len(argv):
         word, i = argv[i], i + 1
         if not word.startswith("--"):
@@ -372,7 +408,7 @@ def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], p
     return out
 
 
-def place(words: list[str], positional: list[Leaf], prog: str) -> list[str]:
+def place(words: list[str], positional: list[Leaf], prog: str, stray: list[str]) -> list[str]:
     """Words before the first flag become the positional options' flags, in order; a tuple takes the rest."""
     out: list[str] = []
     for leaf in positional:
@@ -380,7 +416,9 @@ def place(words: list[str], positional: list[Leaf], prog: str) -> list[str]:
         mine, words = (words, []) if many else (words[:1], words[1:])
         out += [f"--{leaf.name}", *mine] if mine else []
     if words:
-        raise UserError(f"{words[0]!r} is neither a preset (*.toml) nor an option (--name value); see {prog} --help")
+        meant = f"did you mean --{stray[0]} {' '.join(words)}?" if stray and Path(words[0]).exists() else \
+            f"see {prog} --help"
+        raise UserError(f"{words[0]!r} is neither a preset (*.toml) nor an option (--name value); {meant}")
     return out
 
 
@@ -409,9 +447,11 @@ def suggestion(name: str, known: Any, dashes: str = "") -> str:
 
 def describe(value: Any) -> str:
     """A value for an error message, with its kind in plain words."""
-    kinds = {str: "the string", bool: "the boolean", list: "the list", dict: "the table"}
+    kinds = {str: "the string", bool: "the boolean", list: "the list", dict: "the table", int: "the number",
+             float: "the number"}
     text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return f"{kinds.get(type(value), 'the number')} {text if len(text) < 60 else text[:57] + '...'}"
+    text = text if len(text) < 60 else text[:57] + "..."
+    return "null" if value is None else f"{kinds.get(type(value), 'the value')} {text}"
 
 
 def spell(kind: Any) -> str:

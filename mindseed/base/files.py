@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import typing
 from pathlib import Path
 from typing import Any, Iterator
 
+from mindseed.base.config import describe, spell
 from mindseed.base.errors import UserError
 
 
@@ -79,7 +81,7 @@ def make_folder(path: Path | str) -> Path:
 def recover(path: Path | str) -> Path:
     """Undo a kill that came between the two renames of a folder: put the moved-aside folder back."""
     path = Path(path)
-    old = path.with_name(f".{path.name}.old")
+    old = path.parent / f".{path.name}.old"       # with_name would refuse "."
     if old.exists() and not path.exists():
         os.replace(old, path)
     return path
@@ -107,22 +109,64 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
-    """Parse a JSON file; a missing or broken one is a UserError that names it."""
+def read_json(path: Path | str, shape: Any = Any, *, remedy: str = "restore the file") -> Any:
+    """Parse a JSON file; one that is missing, broken or of another shape is a UserError that names it.
+
+    A shape is a type (`int`, `str | None`), `[shape]` for a list of such, `{str: shape}` for an object of such, or
+    `{"key": shape, "key?": shape}` for an object that has at least these keys; those with a `?` may be absent.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}; {remedy}") from None
+    if problem := misfit(value, shape):
+        raise UserError(f"{path} is damaged or of another kind: {problem}; {remedy}")
+    return value
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a file; UserError for one that is missing, unreadable or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error}") from None
 
 
-def read_object(path: Path | str) -> dict[str, Any]:
-    """The same for a file that must hold a JSON object."""
-    if not isinstance(value := read_json(path), dict):
-        raise UserError(f"{path} holds {type(value).__name__ if value is not None else 'null'}, not a JSON object; "
-                        "restore the file")
-    return value
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, whose only exception is ValueError, for nests that are too deep as well."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str | None:
+    """What of a JSON value is not of the shape (see `read_json`), by its dotted name; None if it fits."""
+    what = name or "the whole"
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{what} must be a list, not {describe(value)}"
+        return next(filter(None, (misfit(item, shape[0], f"{name}[{i}]") for i, item in enumerate(value))), None)
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{what} must be an object, not {describe(value)}"
+        dot = f"{name}." if name else ""
+        if str in shape:
+            return next(filter(None, (misfit(item, shape[str], f"{dot}{key}") for key, item in value.items())), None)
+        for key, inner in shape.items():
+            plain = key.removesuffix("?")
+            if plain not in value and plain == key:
+                return f"{dot}{key} is missing"
+            if plain in value and (problem := misfit(value[plain], inner, dot + plain)):
+                return problem
+        return None
+    kinds = typing.get_args(shape) or (shape,)
+    good = Any in kinds or type(value) in kinds or float in kinds and type(value) is int
+    return None if good else f"{what} must be {spell(shape)}, not {describe(value)}"
 
 
 def sha256(path: Path | str) -> str:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mindseed.base.errors import UserError
+from mindseed.base.files import misfit, parse_json
 
 console = Console(highlight=False)                           # stdout: results
 notes = Console(stderr=True, highlight=False)                # stderr: warnings, progress
@@ -154,9 +155,19 @@ class JsonlSink:
 
 
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """The rows a JsonlSink wrote; an unfinished last line is left out."""
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    """The rows a JsonlSink wrote; an unfinished last line is left out. UserError for any other damaged line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        if line:
+            try:
+                row = parse_json(line)
+                problem = misfit(row, {"step": int})
+            except ValueError as error:
+                problem = str(error)
+            if problem:
+                raise UserError(f"{path}:{number} is damaged ({problem}); delete that line")
+            rows.append(row)
+    return rows
 
 
 class TensorboardSink:

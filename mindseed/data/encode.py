@@ -99,7 +99,7 @@ class Encoder:
                     canonical = _encodable(json.dumps(sides, ensure_ascii=False, sort_keys=True))
                     chats.append((line, self.split_of(canonical), sides))
             except BadRow as reason:
-                done.skipped.append((line, str(reason)))
+                done.skipped.append((line, str(reason).encode(errors="backslashreplace").decode()))
             else:
                 done.kinds[kind] = done.kinds.get(kind, 0) + 1
         documents = self._texts(texts) + self._chats(chats, done)
@@ -191,6 +191,10 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _answers(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
 def _side(row: dict, name: str) -> dict:
     """One side of a preference row as a conversation: a list of messages, or an answer to the row's prompt."""
     value, prompt = row[name], row.get("prompt")
@@ -198,7 +202,7 @@ def _side(row: dict, name: str) -> dict:
     if isinstance(value, str) and before:
         return {"messages": [*before, {"role": "assistant", "content": value}]}
     if isinstance(value, list):
-        return {"messages": value if value and value[0].get("role") != "assistant" else [*before, *value]}
+        return {"messages": value if value and not _answers(value[0]) else [*before, *value]}
     raise BadRow(f'"{name}" must be a list of messages, or an answer beside a "prompt"')
 
 

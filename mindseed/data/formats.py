@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator
 
 from mindseed.base.errors import UserError
+from mindseed.base.files import parse_json
 
 MAX_LINE_BYTES = 64 << 20          # a longer line is no row but a mistake, and would break the constant memory
 TEXT_PIECE_BYTES = 16 << 10        # .txt files are cut into documents of about this size, at blank lines
@@ -80,8 +80,8 @@ def parse(path: Path, payload: Any) -> dict[str, Any]:
     if format_of(path).plain:
         return {"text": text}
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(text)
+    except ValueError as error:
         raise BadRow(f"corrupt JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow(f"the line holds {json_type(row)}, not an object")

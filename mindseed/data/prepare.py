@@ -31,13 +31,15 @@ from mindseed.data import fim
 from mindseed.data.encode import SPLITS, Chunk, Encoded, Encoder, Pieces, chunks, require_marks
 from mindseed.data.formats import check
 from mindseed.data.readers import expand
-from mindseed.data.shards import SCHEMA, Prepared, write_arrays
+from mindseed.data.shards import SCHEMA, SHARD, Prepared, write_arrays
 from mindseed.tokenizers.chat import template_hash
 from mindseed.tokenizers.hf_json import save_tokenizer
 
 SHARD_TOKENS = 1 << 25
 FEWEST_SKIPPED = 10                # a fraction as budget never means fewer lines than this
 INLINE_BYTES = 1 << 20             # less input is not worth starting worker processes for
+
+PART = {"chunks": int, "rows": {str: int}, "kinds": {str: int}, "splits": {str: SHARD}, "skipped": [[Any]]}
 
 Progress = Callable[[int, int, int], None]        # rows done, parts done, lines skipped
 
@@ -60,6 +62,8 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
     if max_skipped < 0 or shard_tokens < 1 or (workers is not None and workers < 1):
         raise UserError(f"max_skipped = {max_skipped} must not be negative, shard_tokens = {shard_tokens} and "
                         f"workers = {workers} must be at least 1")
+    if not -1 << 63 <= seed < 1 << 63:
+        raise UserError(f"seed = {seed} must lie between -2^63 and 2^63 - 1")
     if not 0 <= fim_rate <= 1:
         raise UserError(f"fim_rate = {fim_rate} must lie between 0 and 1: the share of texts whose middle is told last")
     require_marks(tokenizer)
@@ -96,12 +100,13 @@ def _already(out: Path, inputs: dict, overwrite: bool) -> bool:
     manifest, begun = out / "manifest.json", out / ".parts" / "inputs.json"
     if not manifest.exists() and begun.exists() and not (out / ".parts" / "00000.json").exists():
         shutil.rmtree(out)                                              # begun, but nothing finished
-    if manifest.exists() and not {"schema", "tokenizer_hash"} <= set(read_json(manifest)):
+    if manifest.exists() and not {"schema", "tokenizer_hash"} <= set(read_json(manifest, {str: Any})):
         raise UserError(f"{out} is no prepared folder: its manifest.json is another program's; choose another one")
     if overwrite and (manifest.exists() or begun.exists()):
         shutil.rmtree(out)
     if manifest.exists() or begun.exists():
-        there = read_json(manifest if manifest.exists() else begun)
+        there = read_json(manifest if manifest.exists() else begun, {"sources": [{"path": str, "sha256": str}]},
+                          remedy=f"remove {out} and prepare again")
         if differences := list(_differences(there, inputs)):
             raise UserError(f"{out} was prepared from other inputs: {'; '.join(differences)}. "
                             "Choose another folder, or remove this one (`mindseed prepare` does it with --overwrite)")
@@ -208,7 +213,7 @@ class _Job:
         for leftover in self.out.rglob(".*.tmp-*"):
             leftover.unlink()
         while (path := self._record(len(self.parts))).exists():
-            part = read_json(path)
+            part = read_json(path, PART, remedy=f"remove {self.out} and prepare again")
             self.parts.append(part)
             self.chunks, self.rows, self.kinds = part["chunks"], part["rows"], part["kinds"]
             self.skipped += part["skipped"]

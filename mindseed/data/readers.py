@@ -52,13 +52,15 @@ def read_rows(paths: Iterable[str | Path], *, bad: Callable[[str, int, str], Non
 # ---------------------------------------------------------------------------------------------- what a row means
 
 def kind_of(row: dict[str, Any]) -> str:
-    """"preference", "chat" or "text", by the keys of the row; raises BadRow with the keys found if it is none.
+    """"preference", "chat" or "text", by the keys of the row that are not null; raises BadRow with the keys found if
+    it is none.
 
     The narrower schema wins: Alpaca's own files also carry the whole prompt under "text".
     """
-    if "chosen" in row and "rejected" in row:
+    keys = {key for key, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= keys:
         return "preference"
-    if "conversations" in row or "messages" in row or ("instruction" in row and "output" in row):
+    if {"conversations", "messages"} & keys or {"instruction", "output"} <= keys:
         return "chat"
     if "text" in row:
         if not isinstance(row["text"], str):

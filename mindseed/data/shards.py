@@ -28,10 +28,18 @@ from typing import Any, Protocol, Sequence
 import numpy as np
 
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, read_json, recover, sha256
+from mindseed.base.files import atomic, misfit, parse_json, read_json, recover, sha256
 from mindseed.tokenizers.hf_json import load_tokenizer
 
 SCHEMA = 1
+SHARD = {"file": str, "documents": int, "tokens": int, "supervised": int, "bytes": int, "size": int, "sha256": str}
+SPLIT = {"documents": int, "tokens": int, "supervised": int, "bytes": int, "shards": [SHARD]}
+MANIFEST = {"schema": int, "kind": str, "tokenizer_hash": str, "vocab_size": int, "template_hash": str | None,
+            "heldout": float, "rows": {"total": int}, "skipped": [str], "sources": [{"path": str, "sha256": str}],
+            "splits": {"train": SPLIT, "heldout": SPLIT}}
+AGAIN = "run prepare again into another folder"
+ARRAY = {"dtype": str, "shape": [int], "data_offsets": [int]}
+ARRAYS = {"ids", "offsets", "bytes", "chat", "source", "line"}           # of every shard
 TOUCHED_BYTES = 32 << 20           # mapped bytes touched before the pages are given back
 FAULT_BYTES = 64 << 10             # a page fault maps the neighbourhood too
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64}
@@ -113,19 +121,23 @@ class Mapped:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if 0 < length < size else {}
+                header = parse_json(file.read(length)) if 0 < length < size else {}
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
         except FileNotFoundError:
             raise UserError(f"{path} is missing; run prepare again to make it anew") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}; remove it and run prepare again") from None
-        header.pop("__metadata__", None)
-        if not header or size != 8 + length + max(entry["data_offsets"][1] for entry in header.values()):
+        header = {k: v for k, v in header.items() if k != "__metadata__"} if isinstance(header, dict) else {}
+        ends = [] if misfit(header, {str: ARRAY}) else [max(e["data_offsets"], default=0) for e in header.values()]
+        if not ends or size != 8 + length + max(ends):
             raise UserError(f"{path} is truncated or damaged ({size} bytes); remove it and run prepare again")
-        self.arrays = {
-            name: np.frombuffer(self.map, _DTYPES[entry["dtype"]], int(np.prod(entry["shape"])),
-                                8 + length + entry["data_offsets"][0]).reshape(entry["shape"])
-            for name, entry in header.items()}
+        try:
+            self.arrays = {
+                name: np.frombuffer(self.map, _DTYPES[entry["dtype"]], int(np.prod(entry["shape"])),
+                                    8 + length + entry["data_offsets"][0]).reshape(entry["shape"])
+                for name, entry in header.items()}
+        except (LookupError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and run prepare again") from None
 
     def release(self) -> None:
         """Give the touched pages back to the system; the views stay valid and fault them in again when read."""
@@ -143,6 +155,8 @@ class ShardedDocuments:
         for entry in shards:
             path = folder / entry["file"]
             shard = Mapped(path)
+            if missing := ARRAYS - shard.arrays.keys():
+                raise UserError(f"{path} lacks {', '.join(sorted(missing))}; remove the folder and run prepare again")
             if os.path.getsize(path) != entry["size"] or len(shard.arrays["bytes"]) != entry["documents"]:
                 raise UserError(f"{path} has {os.path.getsize(path)} bytes, the manifest says {entry['size']}; "
                                 "remove the folder and run prepare again")
@@ -208,10 +222,10 @@ class Prepared:
             raise UserError(f"{folder} is not finished: run the same prepare command again to continue it" if unfinished
                             else f"{folder} holds no prepared data (no manifest.json); make it with: "
                                  f"mindseed prepare FILES --out {folder} --tokenizer TOKENIZER")
-        self.manifest = read_json(path)
+        self.manifest = read_json(path, {str: Any}, remedy=AGAIN)
         if self.manifest.get("schema") != SCHEMA:
-            raise UserError(f"{path} has schema {self.manifest.get('schema')}, this version reads {SCHEMA}; "
-                            "run prepare again into another folder")
+            raise UserError(f"{path} has schema {self.manifest.get('schema')}, this version reads {SCHEMA}; {AGAIN}")
+        read_json(path, MANIFEST, remedy=AGAIN)
         if tokenizer is not None and tokenizer.hash() != self.tokenizer_hash:
             raise UserError(f"{folder} was prepared with another tokenizer ({self.tokenizer_hash[:12]}, not "
                             f"{tokenizer.hash()[:12]}); run prepare with this one into another folder")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mindseed import __version__
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, read_object, recover, write_json
+from mindseed.base.files import atomic, read_json, read_text, recover, write_json
 from mindseed.core import Tokenizer
 from mindseed.interop.families import NATIVE, family_in, family_of
 from mindseed.interop.family import Family
@@ -39,6 +39,9 @@ from mindseed.tokenizers.hf_json import load_tokenizer, save_tokenizer
 FORMAT = 1                                        # of mindseed.json
 MTP_FILE = "mtp.safetensors"
 MAX_SHARD = 5 << 30                               # bytes of one file of weights
+OURS = {"config?": {str: Any}, "info?": {str: Any}, "tokenizer_hash?": str, "template_hash?": str | None}
+THEIRS = {"do_sample?": bool | None, "temperature?": float | None, "top_k?": int | None, "top_p?": float | None,
+          "min_p?": float | None, "repetition_penalty?": float | None}    # what we read of generation_config.json
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}
 
 
@@ -125,31 +128,34 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
 
     UserError, naming file and remedy, for whatever is missing, truncated, foreign or does not fit together.
     """
-    folder = require_folder(recover(Path(folder)))
-    data = read_object(folder / "config.json")
-    ours = read_object(folder / "mindseed.json") if (folder / "mindseed.json").exists() else {}
+    folder = require_folder(Path(folder))
+    data = read_json(folder / "config.json", {"model_type?": str | None})
+    ours = read_json(folder / "mindseed.json", OURS) if (folder / "mindseed.json").exists() else {}
     family, config = read_config(data, ours, folder)
     tokenizer = load_tokenizer(folder)
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
     if ours.get("tokenizer_hash", tokenizer.hash()) != tokenizer.hash():
         raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer this model was trained with: its hash "
                         "is not that in mindseed.json. Restore the file.")
+    path = folder / "generation_config.json"
+    generation = read_json(path, THEIRS) if path.exists() else {}
+    ends, template = stop_ids(generation, data, folder), read_template(folder)
     model, stored = load_weights(family, config, folder, dtype, device)
-    generation = read_object(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored, family=family,
-                  stop_ids=stop_ids(generation, data, folder), chat_template=read_template(folder),
-                  template_hash=ours.get("template_hash"),
-                  sampling={k: generation[k] for k in ("do_sample", "temperature", "top_p", "top_k", "min_p",
-                                                       "repetition_penalty") if generation.get(k) is not None})
+                  stop_ids=ends, chat_template=template, template_hash=ours.get("template_hash"),
+                  sampling={k: generation[k] for k in (key.removesuffix("?") for key in THEIRS)
+                            if generation.get(k) is not None})
 
 
 def require_folder(folder: Path) -> Path:
+    """`folder`, if it is a model directory; else a UserError that names those in and beside it."""
+    recover(folder)
     if not folder.is_dir():
         near = sorted(str(p.parent) for p in folder.parent.glob("*/config.json")) if folder.parent.is_dir() else []
         hint = f"; beside it there is {', '.join(near[:5])}" if near else ""
         raise UserError(f"{folder} is not a model directory: there is no such folder{hint}")
     if not (folder / "config.json").exists():
-        near = sorted(str(p.parent) for p in folder.rglob("config.json"))
+        near = [str(p.parent) for depth in ("*", "*/*") for p in sorted(folder.glob(f"{depth}/config.json"))]
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{folder} is not a model directory: it has no config.json{hint}")
     return folder
@@ -189,19 +195,20 @@ def require_vocabulary(tokens: int, rows: int, where: str) -> None:
 
 def stop_ids(generation: dict[str, Any], config: dict[str, Any], folder: Path) -> tuple[int, ...]:
     """The ids that end an answer: those of generation_config.json, else of config.json."""
-    told = generation.get("eos_token_id", config.get("eos_token_id"))
-    ids = [] if told is None else told if isinstance(told, list) else [told]
-    if not all(isinstance(id, int) for id in ids):
-        raise UserError(f"{folder}: eos_token_id is {told!r}; it must be a token id or a list of them")
+    name = "generation_config.json" if "eos_token_id" in generation else "config.json"
+    ids = (generation if "eos_token_id" in generation else config).get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if any(type(id) is not int for id in ids):
+        raise UserError(f"{folder / name}: eos_token_id must be one id or a list of them, not {ids}")
     return tuple(ids)
 
 
 def read_template(folder: Path) -> str | None:
     """The chat template, from its own file or from tokenizer_config.json."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     config = folder / "tokenizer_config.json"
-    template = read_object(config).get("chat_template") if config.exists() else None
+    template = read_json(config, {str: Any}).get("chat_template") if config.exists() else None
     return template if isinstance(template, str) else None
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from mindseed.base.errors import UserError
+from mindseed.base.files import misfit
 from mindseed.interop.rope_json import rope_from_json, rope_to_json
 from mindseed.interop.rules import Layout, Rule
-from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.models.config import LARGEST, LayerConfig, LMConfig
 from mindseed.nn.ffn import SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.rope import DynamicScaling
@@ -30,8 +31,13 @@ QK_NORM = [Rule(f"{name}_norm.weight", f"self_attn.{name}_norm.weight") for name
 SWIGLU = [Rule(f"{name}.weight", f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")]
 EXPERTS = [Rule("router.weight", "mlp.gate.weight"),
            *(Rule(f"{name}.weight", f"mlp.experts.{{e}}.{name}_proj.weight") for name in ("gate", "up", "down"))]
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "intermediate_size", "moe_intermediate_size", "max_position_embeddings", "sliding_window", "max_window_layers",
+         "num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step", "q_lora_rank",
+         "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts",
+         "n_group", "topk_group", "first_k_dense_replace", "num_nextn_predict_layers")
+KEYS = {f"{key}?": int | None for key in SIZES} | {
+    "rms_norm_eps?": float, "rope_theta?": float | None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,11 @@ class Family:
 
     def from_json(self, data: dict[str, Any], where: str) -> LMConfig:
         """The model that a config.json describes. UserError for a feature that we do not compute."""
+        problem = misfit(data, KEYS)
+        if large := [key for key in SIZES if not problem and not 0 <= (data.get(key) or 0) <= LARGEST]:
+            problem = f"{large[0]}={data[large[0]]} must lie between 0 and {LARGEST}"
+        if problem:
+            raise UserError(f"{where} does not describe a model: {problem}")
         refused = {
             "attention_bias": (bool(data.get("attention_bias")), "biases in attention"),
             "mlp_bias": (bool(data.get("mlp_bias")), "biases in the feed-forward"),
@@ -65,13 +76,11 @@ class Family:
         }
         if reasons := [what for bad, what in refused.values() if bad]:
             raise UserError(f"{where} asks for {' and '.join(reasons)}, which this version cannot compute")
-        if odd := [f"{key}={data[key]!r}" for key in SIZES if not isinstance(data.get(key), int | None)]:
-            raise UserError(f"{where} does not describe a model: {', '.join(odd)} must be whole numbers")
         try:
             return self.read(data, where)
         except KeyError as error:
             raise UserError(f"{where} lacks {error.args[0]!r}") from None
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{where} does not describe a model: {error}") from None
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mindseed.base.errors import UserError
-from mindseed.base.files import read_object, write_json
+from mindseed.base.files import read_json, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -46,10 +46,10 @@ def weight_files(folder: Path) -> list[Path]:
         if single.exists():
             return [single]
         if index.exists():
-            home = read_object(index).get("weight_map")
-            if not isinstance(home, dict) or not home or not all(isinstance(x, str) for x in home.values()):
-                raise UserError(f"{index} has no weight_map of names to files; restore the file")
+            home = read_json(index, {"weight_map": {str: str}})["weight_map"]
             files = [folder / name for name in sorted(set(home.values()))]
+            if not home:
+                raise UserError(f"{index} names no tensor; restore the file")
             if away := sorted({name for name in home.values() if Path(name).name != name}):
                 raise UserError(f"{index} names {', '.join(away)}, outside its folder; such files are not read")
             if gone := [file.name for file in files if not file.exists()]:

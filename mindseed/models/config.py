@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mindseed.base.config import describe, is_of, spell
 from mindseed.base.errors import UserError
 from mindseed.nn.alibi import AlibiConfig
 from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
@@ -90,16 +93,26 @@ def config_to_dict(config: Any) -> Any:
     return config
 
 
+LARGEST = 1 << 24                         # no whole number in a configuration is larger
+hints_of = functools.cache(typing.get_type_hints)
+
+
 def config_from_dict(data: Any) -> Any:
     """The inverse of `config_to_dict`. An unknown kind or field is a UserError: it was written by another version."""
     if isinstance(data, list):
         return tuple(config_from_dict(d) for d in data)
     if not isinstance(data, dict):
         return data
-    kind = KINDS.get(data.get("kind", ""))
+    kind = KINDS.get(data["kind"]) if isinstance(data.get("kind"), str) else None
     if kind is None:
         raise UserError(f"unknown kind of configuration {data.get('kind')!r}; this version knows {', '.join(KINDS)}")
+    values = {key: config_from_dict(value) for key, value in data.items() if key != "kind"}
+    for key, hint in hints_of(kind).items():
+        if key in values and not is_of(values[key], hint):
+            raise UserError(f"{key} of {data['kind']} must be {spell(hint)}, not {describe(data[key])}")
+        if type(values.get(key)) is int and abs(values[key]) > LARGEST:
+            raise UserError(f"{key}={values[key]} of {data['kind']} is too large")
     try:
-        return kind(**{key: config_from_dict(value) for key, value in data.items() if key != "kind"})
+        return kind(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot read the configuration of {data['kind']}: {error}") from None

@@ -49,6 +49,9 @@ from mindseed.train.native import NativeBackend
 from mindseed.train.validate import evaluate
 
 VOCAB, CONTEXT = 1216, 384
+STAGES = [{"name": str, "seconds": float, "exact_match": float, "families": {str: float}, "bits_per_byte": float}]
+DETAILS = {"options": {"seed": int, "scale": float}, "timings?": {str: float}, "runs?": {str: str},
+           "answers?": [{"stage": str, "family": str, "question": str, "score": float}]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +218,10 @@ def open_demo(options: Options) -> Demo:
     folder = Path(options.out)
     demo = Demo(options=options, folder=folder)
     if (folder / "details.json").exists():
-        demo.details, demo.stages = read_json(folder / "details.json"), read_json(folder / "summary.json")
+        remedy = f"choose another folder with --out, or delete {folder}"
+        demo.details = read_json(folder / "details.json", DETAILS, remedy=remedy)
+        if (folder / "summary.json").exists():        # it is written after the details
+            demo.stages = read_json(folder / "summary.json", STAGES, remedy=remedy)
         then, now = demo.details["options"], to_dict(options)
         different = [f"{key} was {then[key]}, is {now[key]}" for key in ("seed", "scale") if then[key] != now[key]]
         if different:

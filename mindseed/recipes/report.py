@@ -158,8 +158,8 @@ def run_charts(folder: Path, name: str, log: str, style: str) -> dict[str, Any]:
     """The charts of one run's log, and a line of figures; `problem` says why there are none."""
     run = {"name": name, "log": log, "style": style, "charts": [], "problem": "", "summary": ""}
     try:
-        rows = [r for r in read_jsonl(folder / log) if number(r.get("step")) is not None]
-    except (OSError, ValueError, AttributeError) as error:
+        rows = read_jsonl(folder / log)
+    except (OSError, UserError) as error:
         return run | {"problem": f"{log} could not be read: {error}"}
     if not rows:
         return run | {"problem": f"{log} is empty"}

@@ -41,7 +41,7 @@ from mindseed.data.readers import expand
 from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
-from mindseed.interop.directory import load_directory, save_directory
+from mindseed.interop.directory import load_directory, require_folder, save_directory
 from mindseed.models.config import LMConfig, config_to_dict
 from mindseed.models.describe import describe
 from mindseed.models.lm import LM, build
@@ -241,8 +241,10 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
 def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
     """Where the tokenizer is: named; else the start model's; else that of a prepared folder; else one trained on the
     data, in the run's folder."""
-    if options.data.tokenizer or options.model.start:
-        return Path(options.data.tokenizer or options.model.start)
+    if options.data.tokenizer:
+        return Path(options.data.tokenizer)
+    if options.model.start:
+        return require_folder(Path(options.model.start))
     for entry in options.data.train:
         if (Path(entry) / "manifest.json").exists():
             return Path(entry) / "tokenizer"
@@ -409,8 +411,8 @@ def open_run(options: TrainOptions, folder: Path, resumed: Path | None) -> list:
     log = folder / "log.jsonl"
     if log.exists():
         step = int(resumed.name.split("-")[1]) if resumed else -1
-        kept = [line for line in log.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step]
-        write_text(log, "".join(line.decode() + "\n" for line in kept))
+        kept = [row for row in read_jsonl(log) if row["step"] <= step]
+        write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return open_sinks(options.trackers, folder, base_config.to_dict(options), folder.name)
 
 

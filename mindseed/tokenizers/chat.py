@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindseed.base.errors import UserError
+from mindseed.base.files import parse_json
 from mindseed.tokenizers.base import BOS, EOS, ByteLevel, require_unicode
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -229,6 +230,7 @@ def normalise(row: dict[str, Any]) -> tuple[list[Message], Tools]:
     `arguments` may be JSON in a string. Raises UserError for all that cannot be rendered, and for an assistant's turn
     that says nothing.
     """
+    row = {key: value for key, value in row.items() if value is not None}
     if "conversations" in row or "messages" in row:
         given = row["conversations"] if "conversations" in row else row["messages"]
     elif "instruction" in row and "output" in row:
@@ -275,7 +277,7 @@ def from_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
+        return parse_json(value) if value.strip() else None
     except ValueError as error:
         raise UserError(f"{what} is not valid JSON ({error})") from None
 

@@ -21,6 +21,8 @@ from mindseed.train.native import NativeBackend
 from mindseed.train.step import Run
 
 FORMAT = 1
+ABOUT = {"format": int, "files": {str: {"bytes": int, "sha256": str}}, "fingerprints": {str: Any}}
+BEST = {"checkpoint": str, "score": float}
 
 
 def capture(run: Run, ema: EMA | None) -> dict[str, Any]:
@@ -94,14 +96,19 @@ class Checkpoints:
         them goes what kills have left half-written."""
         for left in [*self.folder.glob(".step-*"), *self.folder.glob(".best.json.*")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        best = read_json(self.folder / "best.json")["checkpoint"] if (self.folder / "best.json").exists() else None
+        best = self.best_of_run() or {}
         for path in self.found()[:-self.keep]:
-            if path.name != best and path != just:
+            if path.name != best.get("checkpoint") and path != just:
                 shutil.rmtree(path, ignore_errors=True)
 
     def found(self) -> list[Path]:
         """All finished checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
+
+    def best_of_run(self) -> dict[str, Any] | None:
+        """Which checkpoint is the best one, and its score."""
+        path = self.folder / "best.json"
+        return read_json(path, BEST, remedy="delete it, and the best one is chosen anew") if path.exists() else None
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, with what it holds; a broken one is passed over with a warning."""
@@ -114,8 +121,8 @@ class Checkpoints:
             except UserError as error:
                 problems.append(str(error))
                 continue
-            if (self.folder / "best.json").exists():
-                self.best = read_json(self.folder / "best.json")["score"]
+            if best := self.best_of_run():
+                self.best = best["score"]
             for problem in problems:
                 print(f"warning: {problem}; going back to {path.name}")
             return path, saved
@@ -125,9 +132,9 @@ class Checkpoints:
 
     def read(self, path: Path) -> dict[str, Any]:
         """Check a checkpoint against its list of files and read it."""
-        about = read_json(path / "checkpoint.json")
-        if about.get("format") != FORMAT:
-            raise UserError(f"{path} has checkpoint format {about.get('format')}, this version reads {FORMAT}")
+        about = read_json(path / "checkpoint.json", ABOUT)
+        if about["format"] != FORMAT:
+            raise UserError(f"{path} has checkpoint format {about['format']}, this version reads {FORMAT}")
         for name, want in about["files"].items():
             file = path / name
             if not file.exists():
