@@ -165,8 +165,8 @@ def shape_of_depth(depth: int) -> Shape:
 
     The ratio of width to depth is that of nanochat's dial; the feed-forward is rounded up to a multiple of 64.
     """
-    if depth < 1:
-        raise UserError(f"depth={depth} must be at least 1")
+    if not 1 <= depth <= 1024:
+        raise UserError(f"depth={depth} must lie between 1 and 1024")
     dim = 64 * depth
     kv_heads = depth // 2 if depth % 2 == 0 else depth
     return Shape(layers=depth, dim=dim, heads=depth, kv_heads=kv_heads, head_dim=64,

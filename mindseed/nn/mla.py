@@ -37,7 +37,7 @@ class MLAConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if min(self.heads, self.kv_rank, self.q_rank or 1, self.plain_dim, self.value_dim) < 1:
+        if min(self.heads, self.kv_rank, 1 if self.q_rank is None else self.q_rank, self.plain_dim, self.value_dim) < 1:
             raise ValueError(f"heads={self.heads}, kv_rank={self.kv_rank}, q_rank={self.q_rank}, "
                              f"plain_dim={self.plain_dim} and value_dim={self.value_dim} must be at least 1")
         if self.rope_dim < 2 or self.rope_dim % 2:

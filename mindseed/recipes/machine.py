@@ -21,10 +21,17 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device={name!r} is not a device; use cpu, cuda, cuda:0, mps or auto") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={name}: this version runs on cpu, cuda and mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={name}: torch finds no Apple GPU here; use --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}: torch finds no CUDA GPU here; use --device cpu, or a CUDA build of torch")
     if device.type == "cuda" and device.index is None and dist.launched():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.index is not None and device.index >= count:
+        raise UserError(f"device={device}: there {'is' if count == 1 else 'are'} {count} of that kind, counted from 0")
     return device
 
 

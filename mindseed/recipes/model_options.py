@@ -44,6 +44,8 @@ class MoEOptions:
         if "experts" not in asked:
             raise UserError(f"model.moe.{next(iter(asked))} has no effect without model.moe.experts")
         top_k = asked.get("top_k", min(2, asked["experts"]))
+        if top_k < 1:
+            raise UserError(f"model.moe.experts={asked['experts']} and model.moe.top_k={top_k} must be at least 1")
         balance = {} if asked.get("bias") or "balance_weight" in asked else {"balance_weight": 0.01}
         return MoEConfig(**{"top_k": top_k, "expert_dim": max(1, ffn_dim // max(1, top_k))} | balance | asked)
 

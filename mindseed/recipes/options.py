@@ -12,18 +12,21 @@ from typing import Literal
 
 from mindseed.base.config import diff, option
 from mindseed.base.errors import UserError
+from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes.model_options import ModelOptions
 
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
 Resume = Literal["never", "newest", "auto"]
+LONGEST = 1 << 24                                 # tokens of a row; more would be a slip of the finger
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     train: tuple[str, ...] = option((),
-                                    help="files, folders or globs (jsonl, gz, zst, parquet, txt), or prepared folders")
+                                    help="files, folders or globs (jsonl, gz, zst, parquet, txt), or prepared folders",
+                                    stray=True)
     weights: tuple[float, ...] = option((),
                                         help="share of each entry of data.train in the mixture [derived: by tokens]")
     tokenizer: str | None = option(None,
@@ -40,11 +43,18 @@ class DataOptions:
                                 help="bad lines put up with: below 1 a share (at least 10 lines), else a number")
     workers: int | None = option(None, help="processes that tokenise [derived: one per core]")
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.seq_len <= LONGEST:
+            raise ValueError(f"seq_len={self.seq_len} must lie between 1 and {LONGEST}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
     label_smoothing: float = option(0.0, help="share of the target spread over the whole vocabulary")
     z_loss: float = option(0.0, help="weight of the squared log partition function (1e-4 is usual)")
+
+    def __post_init__(self) -> None:
+        SFT(**vars(self))                         # which checks them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,8 @@ class LoopOptions:
         for name in ("steps", "minutes", "epochs", "batch", "micro_batch", "keep", "tokens_per_param"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if getattr(self, name) is not None and getattr(self, name) > 1e12:
+                raise ValueError(f"{name}={getattr(self, name):g} is more than any run can take")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema={self.ema} must lie in (0, 1)")
 
@@ -130,7 +142,7 @@ def derive(options: TrainOptions, *, dim: int, params: int, rows_per_epoch: int 
     """
     loop, seq_len = options.loop, options.data.seq_len
     batch = loop.batch or world * max(1, round(16384 / seq_len / world))
-    micro = loop.micro_batch or largest_divisor(batch // world, max(1, 4096 // seq_len))
+    micro = loop.micro_batch or largest_divisor(max(1, batch // world), max(1, 4096 // seq_len))
     if batch % (micro * world):
         raise UserError(f"loop.batch={batch} rows cannot be cut into micro-batches of loop.micro_batch={micro} rows on "
                         f"{world} rank(s); choose a batch that is a multiple of {micro * world}")

@@ -18,6 +18,7 @@ from mindseed.core import Batch, Tokenizer
 from mindseed.data.loader import PackedSource
 from mindseed.data.pack import Strategy
 from mindseed.data.shards import Prepared
+from mindseed.recipes.options import LONGEST
 
 STYLES = {"learned": "green", "read": "bright_black", "border": "bold cyan", "padding": "bright_black"}
 
@@ -36,8 +37,9 @@ class Options:
 def main(options: Options) -> None:
     if not options.data:
         raise UserError("--data is required: mindseed show-batch FOLDER")
-    if options.rows < 1 or options.first < 0:
-        raise UserError(f"rows = {options.rows} must be at least 1, first = {options.first} at least 0")
+    for name, least, most in (("rows", 1, 1000), ("first", 0, 1 << 62), ("seq_len", 1, LONGEST)):
+        if not least <= getattr(options, name) <= most:
+            raise UserError(f"{name}={getattr(options, name)} must lie between {least} and {most}")
     prepared = Prepared(options.data)
     source = PackedSource(prepared.split(options.split), seq_len=options.seq_len, batch_size=options.rows,
                           seed=options.seed, strategy=options.packing)
