@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mindseed.base.errors import UserError
 
+LEAST = 1e-6                          # temperature and penalty: beyond it, or its inverse, float32 would overflow
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -30,12 +32,14 @@ class Sampling:
             if not good:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: {rule}")
 
-        need("temperature", 0 <= self.temperature < float("inf"), "0 (always the likeliest token) or above, finite")
+        need("temperature", self.temperature == 0 or LEAST <= self.temperature <= 1 / LEAST,
+             f"0 (always the likeliest token), or from {LEAST:g} to {1 / LEAST:g}")
         need("top_k", self.top_k >= 0, "at least 1, or 0 to keep all tokens")
         need("top_p", 0 < self.top_p <= 1, "above 0, and 1 to keep all tokens; for the likeliest token, temperature 0")
         need("min_p", 0 <= self.min_p < 1, "from 0 (keep all tokens) to below 1")
-        need("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0, and 1 for none")
-        need("seed", self.seed >= 0, "a whole number, at least 0")
+        need("repetition_penalty", LEAST <= self.repetition_penalty <= 1 / LEAST,
+             f"from {LEAST:g} to {1 / LEAST:g}, and 1 for none")
+        need("seed", 0 <= self.seed < 1 << 63, "a whole number from 0 to 2^63 - 1")
 
     @property
     def greedy(self) -> bool:
@@ -93,6 +97,8 @@ class Sampler:
         probs, ids = filtered(logits, self.sampling)
         sums = probs.to(torch.float64).cumsum(-1)                                 # (B, C)
         total = sums[:, -1:]
+        if not torch.isfinite(total).all():
+            raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
         u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]).to(logits.device)
         point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         return ids.gather(1, torch.searchsorted(sums, point, right=True))[:, 0]   # the first whose sum is above it

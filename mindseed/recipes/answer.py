@@ -48,6 +48,12 @@ class AnswerOptions:
         return Sampling(**values, seed=self.seed)
 
 
+def not_unicode(what: str, error: UnicodeDecodeError) -> UserError:
+    """The error of text that was piped in, or typed, in another encoding."""
+    return UserError(f"{what} not valid UTF-8 ({error.reason} at byte "
+                     f"{error.start}); Chinese in GBK? iconv -f GBK -t UTF-8")
+
+
 def warn_of_foreign_chat(loaded: Loaded, where: str) -> None:
     if not loaded.speaks_our_chat:
         warn(f"{where} was not trained with the chat format of this version, so its answers may be poor")

@@ -18,12 +18,12 @@ from rich.text import Text
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
-from mindseed.base.files import write_text
+from mindseed.base.files import read_text, write_text
 from mindseed.base.log import console, notes, warn
 from mindseed.infer.generate import Token, stream
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import Loaded
-from mindseed.recipes.answer import AnswerOptions, warn_of_foreign_chat
+from mindseed.recipes.answer import AnswerOptions, not_unicode, warn_of_foreign_chat
 from mindseed.tokenizers.chat import encode_chat, parse_answer
 
 OPENED = {True: "<think>\n", False: "<think>\n\n</think>\n\n", None: ""}  # what the prompt already says of it
@@ -125,7 +125,7 @@ class Conversation:
     def save(self, path: str) -> None:
         """Append the conversation as one row of a .jsonl file."""
         file = Path(path)
-        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        before = read_text(file) if file.exists() else ""
         if before and not before.endswith("\n"):
             before += "\n"
         write_text(file, before + json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
@@ -134,11 +134,14 @@ class Conversation:
 # ---------------------------------------------------------------------------------------------------------- from a pipe
 
 def answer_lines(talk: Conversation, lines: TextIO, *, keep: bool) -> None:
-    for line in lines:
-        if question := line.strip():
-            if not keep:
-                talk.reset()
-            show_plain(talk.ask(question))
+    try:
+        for line in lines:
+            if question := line.strip():
+                if not keep:
+                    talk.reset()
+                show_plain(talk.ask(question))
+    except UnicodeDecodeError as error:
+        raise not_unicode("the questions are", error) from None
 
 
 def show_plain(tokens: Iterator[Token]) -> None:
@@ -166,6 +169,9 @@ def chat_in_terminal(talk: Conversation, options: Options) -> None:
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
+        except UnicodeDecodeError as error:
+            notes.print(f"error: {not_unicode('the line is', error)}", style="red", markup=False, soft_wrap=True)
+            continue
         try:
             question = command(talk, line) if line.startswith("/") else line
             if question is Leave:

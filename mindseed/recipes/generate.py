@@ -16,10 +16,10 @@ from typing import Any, Iterator, Literal, TextIO
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic
+from mindseed.base.files import atomic, parse_json
 from mindseed.core import Tokenizer
 from mindseed.infer.generate import generate
-from mindseed.recipes.answer import AnswerOptions, warn_of_foreign_chat
+from mindseed.recipes.answer import AnswerOptions, not_unicode, warn_of_foreign_chat
 from mindseed.tokenizers.base import document_marks
 from mindseed.tokenizers.chat import encode_chat, normalise
 
@@ -127,7 +127,7 @@ def jobs(lines: Iterator[tuple[str, str]], options: Options, tokenizer: Tokenize
                 yield Job(row={"index": index, **row, **number}, ids=ids,
                           seed=options.seed + index * options.samples + sample)
     except UnicodeDecodeError as error:
-        raise UserError(f"the prompts are not valid UTF-8: {error}") from None
+        raise not_unicode("the prompts are", error) from None
 
 
 def read_prompt(line: str, options: Options, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
@@ -135,8 +135,8 @@ def read_prompt(line: str, options: Options, tokenizer: Tokenizer) -> tuple[dict
     data: dict[str, Any] = {"prompt": line}
     if options.input == "jsonl" and not options.prompt:
         try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
+            data = parse_json(line)
+        except ValueError as error:
             raise UserError(f"not valid JSON: {error}") from None
         if not isinstance(data, dict) or not ({"prompt", "messages", "conversations"} & data.keys()):
             raise UserError('a line needs "prompt" or "messages"')
