@@ -68,14 +68,14 @@ def test_the_sources_are_well(sources, tmp_path, capsys):
     ({"config": {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}}, ["config.json", "'longrope'"]),
     ({"config": {"rope_parameters": "yarn"}}, ["config.json"]),
     ({"config": {"rope_parameters": {"rope_type": "linear"}}}, ["config.json", "rope scaling linear lacks 'factor'"]),
-    ({"config": {"hidden_size": 32.0}}, ["config.json", "hidden_size=32.0", "whole numbers"]),
-    ({"config": {"num_hidden_layers": "3"}}, ["config.json", "num_hidden_layers='3'"]),
-    ({"config": [1]}, ["config.json holds list, not a JSON object"]),
-    ({"config": None}, ["config.json holds null, not a JSON object"]),
-    ({"mindseed": []}, ["mindseed.json holds list"]),
-    ({"generation": []}, ["generation_config.json holds list"]),
-    ({"generation": {"eos_token_id": "<|im_end|>"}}, ["eos_token_id is '<|im_end|>'"]),
-    ({"tokenizer_config": []}, ["tokenizer_config.json holds list"]),
+    ({"config": {"hidden_size": 32.0}}, ["config.json", "hidden_size must be a whole number", "32.0"]),
+    ({"config": {"num_hidden_layers": "3"}}, ["config.json", "num_hidden_layers must be a whole number", "'3'"]),
+    ({"config": [1]}, ["config.json", "must be an object, not the list"]),
+    ({"config": None}, ["config.json", "must be an object, not null"]),
+    ({"mindseed": []}, ["mindseed.json", "must be an object, not the list"]),
+    ({"generation": []}, ["generation_config.json", "must be an object, not the list"]),
+    ({"generation": {"eos_token_id": "<|im_end|>"}}, ["eos_token_id must be", "<|im_end|>"]),
+    ({"tokenizer_config": []}, ["tokenizer_config.json", "must be an object, not the list"]),
     ({"tokenizer": []}, ["tokenizer.json"]),
     ({"tokenizer": {"model": {"type": "Unigram"}}}, ["tokenizer.json", "Unigram"]),
 ])
@@ -112,7 +112,7 @@ def test_shards(sources, tmp_path, refused):
     files[1].write_bytes(second)
     for wrong in ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 1}}):
         index.write_text(json.dumps(wrong))
-        assert f"{INDEX} has no weight_map" in refused(folder)
+        assert f"{INDEX} is damaged or of another kind: weight_map" in refused(folder)
     index.write_text(json.dumps({"weight_map": about["weight_map"] | {"a": "../model.safetensors"}}))
     assert f"{INDEX} names ../model.safetensors, outside its folder" in refused(folder)
     some = {name: file for name, file in about["weight_map"].items() if file != files[1].name}

@@ -128,7 +128,7 @@ def test_an_option_given_over_a_preset_that_has_it_changes_nothing_else(name):
 
 @pytest.mark.parametrize("words, message", [
     ("--model.moe.experts 4 --model.moe.top_k 5", "top_k=5 must lie between 1 and experts=4"),
-    ("--model.moe.experts 4 --model.moe.top_k 0", "top_k=0 must lie between 1 and experts=4"),
+    ("--model.moe.experts 4 --model.moe.top_k 0", "top_k=0 must be at least 1"),
     ("--model.moe.experts 0", "experts=0"),
     ("--model.moe.top_k 2", "model.moe.top_k has no effect without model.moe.experts"),
     ("--model.moe.experts 4 --model.moe.groups 3", "groups=3 must divide experts=4"),

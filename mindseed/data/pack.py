@@ -67,6 +67,9 @@ class Stats:
         return text
 
 
+STATS = {**dict.fromkeys(("rows", "segments", "slots", "pieces", "cut", "dropped"), int), "fill": float}
+
+
 def plan(documents: Documents, seq_len: int, *, strategy: Strategy = "best-fit", seed: int = 0,
          pieces: bool = False) -> Plan:
     """The packing of `documents` into rows of `seq_len` slots: a function of its arguments alone.
@@ -90,7 +93,8 @@ def plan(documents: Documents, seq_len: int, *, strategy: Strategy = "best-fit",
         if not (recover(folder) / "stats.json").exists():
             _to_disk(folder, documents, seq_len, strategy, seed, pieces)
     mapped = Mapped(folder / "plan.safetensors")
-    return Plan(mapped.arrays["segments"], mapped.arrays["rows"], Stats(**read_json(folder / "stats.json")), mapped)
+    stats = Stats(**read_json(folder / "stats.json", STATS, remedy=f"delete {folder}"))
+    return Plan(mapped.arrays["segments"], mapped.arrays["rows"], stats, mapped)
 
 
 def _in_memory(documents: Documents, *settings) -> Plan:

@@ -150,6 +150,9 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
 def require_folder(folder: Path) -> Path:
     """`folder`, if it is a model directory; else a UserError that names those in and beside it."""
     recover(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file and no model directory; make one of it first: mindseed convert {folder} "
+                        "DIRECTORY")
     if not folder.is_dir():
         near = sorted(str(p.parent) for p in folder.parent.glob("*/config.json")) if folder.parent.is_dir() else []
         hint = f"; beside it there is {', '.join(near[:5])}" if near else ""

@@ -195,11 +195,11 @@ def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     if options.resume == "never" and before.exists():
         raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
     if before.exists():
-        saved, loop = base_config.read_toml(before)["loop"], options.loop
+        saved, loop = base_config.read_toml(before).get("loop", {}), options.loop
         if loop.minutes is not None:
-            loop = replace(loop, minutes=None, steps=saved["steps"])
+            loop = replace(loop, minutes=None, steps=saved.get("steps"))
         if loop.precision == "auto":
-            loop = replace(loop, precision=saved["precision"])
+            loop = replace(loop, precision=saved.get("precision", "auto"))
         options = replace(options, loop=loop)
     return options
 
