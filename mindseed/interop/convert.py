@@ -3,7 +3,7 @@
 The source may be any model directory that we read, or a bare state dict of MiniMind; the target is a directory of the
 family that is asked for. The proof runs both as they lie on disk: the same ids must give the same logits. A change of
 dtype rounds the weights, so the copy is held against the source rounded alike, and the rounding's own effect is
-reported.
+reported. A GGUF file is read back from nothing but what stands in it, and only a file that passes is kept.
 """
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from mindseed.base.errors import UserError
-from mindseed.interop import minimind
+from mindseed.base.files import atomic
+from mindseed.interop import gguf_read, minimind
 from mindseed.interop.directory import SAMPLING, Loaded, load_directory, names_in, save_directory
 from mindseed.interop.families import family_of, named
+from mindseed.interop.gguf import Written, kind_named, write_gguf
+from mindseed.interop.gguf_vocab import modelfile
 from mindseed.interop.rules import stacked
 from mindseed.interop.weights import DTYPES
 from mindseed.tokenizers.hf_json import load_tokenizer
@@ -81,6 +84,81 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
     return Conversion(mapped=mapped, before=loaded.dtype, after=after, difference=difference, rounding=rounding,
                       source=loaded.family.name if loaded.family else "mindseed",
                       target=family.name if family else "mindseed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUF:
+    """A file that was written, or, if it is not `good`, was written and removed."""
+
+    path: Path
+    written: list[Written]
+    source: str
+    kind: str
+    difference: float                 # largest difference of logits, file against source rounded alike, of the largest
+    rounding: float                   # what rounding moves logits by, root of the mean square, as a share of them
+    nfc: bool                         # whether the tokenizer composes characters, which llama.cpp does not
+
+    @property
+    def good(self) -> bool:
+        return self.difference <= gguf_read.TOLERANCE and self.rounding <= gguf_read.ROUNDING[self.kind]
+
+
+class Unlike(Exception):
+    """The file computes something else, so that nothing is kept."""
+
+
+def convert_gguf(source: Path | str, target: Path | str, *, dtype: str | None = None, tokenizer: str | None = None,
+                 overwrite: bool = False, drop_mtp: bool = False) -> GGUF:
+    """Write `source` as a GGUF file with a Modelfile beside it, in the folder `target`, or as `target` itself if that
+    ends in .gguf. UserError for what llama.cpp cannot run and for places that are taken; then nothing is written."""
+    source, target = Path(source), Path(target)
+    kind = kind_named(dtype) if dtype else None
+    require_gguf_place(source, target, overwrite)
+    loaded = read(source, tokenizer)
+    kind = kind or {torch.bfloat16: "bf16", torch.float16: "f16"}.get(loaded.dtype, "f32")
+    return save_gguf(loaded, target, kind=kind, drop_mtp=drop_mtp)
+
+
+def save_gguf(loaded: Loaded, target: Path, *, kind: str, drop_mtp: bool = False) -> GGUF:
+    """As `convert_gguf`, of a model in memory; what stands at `target` is replaced."""
+    name, found = target.stem if target.suffix == ".gguf" else target.name, []
+
+    def fill(file: Path, beside: Path) -> None:
+        written = write_gguf(loaded, file, kind=kind, name=name, drop_mtp=drop_mtp)
+        difference, rounding = gguf_read.prove(loaded.model, file, written, kind)
+        beside.write_text(modelfile(f"{name}.gguf", loaded), encoding="utf-8")
+        found.append(GGUF(path=path, written=written, kind=kind, difference=difference, rounding=rounding,
+                          source=loaded.family.name if loaded.family else "mindseed",
+                          nfc=loaded.tokenizer.spec()["nfc"]))
+        if not found[0].good:
+            raise Unlike
+
+    path = target if target.suffix == ".gguf" else target / f"{name}.gguf"
+    try:
+        if target == path:
+            with atomic(path) as file, atomic(path.with_name("Modelfile")) as beside:
+                fill(file, beside)
+        else:
+            with atomic(target) as folder:
+                folder.mkdir()
+                fill(folder / path.name, folder / "Modelfile")
+    except Unlike:
+        pass
+    return found[0]
+
+
+def require_gguf_place(source: Path, target: Path, overwrite: bool) -> None:
+    """UserError where something would be lost: `overwrite` replaces a GGUF file and its Modelfile and nothing else."""
+    single = target.suffix == ".gguf"
+    taken = [p for p in ([target, target.with_name("Modelfile")] if single else [target]) if p.exists()]
+    if taken and not overwrite:
+        raise UserError(f"{taken[0]} exists already; choose another place or add --overwrite")
+    if single and target.is_dir() or not single and target.exists() and (not target.is_dir() or any(
+            p.suffix != ".gguf" and p.name != "Modelfile" for p in target.iterdir())):
+        raise UserError(f"{target} holds more than a GGUF file and its Modelfile, so it is not overwritten; choose "
+                        "another place")
+    if not single and (target.resolve() == source.resolve() or target.resolve() in source.resolve().parents):
+        raise UserError(f"{source} lies in {target}, which would be replaced; choose another place")
 
 
 def read(source: Path, tokenizer: str | None) -> Loaded:

@@ -53,6 +53,7 @@ class Loaded:
     tokenizer: Tokenizer
     info: dict[str, Any] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()                # ids that end an answer
+    bos_id: int | None = None                     # what the directory calls its begin token
     sampling: dict[str, Any] = field(default_factory=dict)     # the directory's own defaults for generating
     chat_template: str | None = None              # Jinja
     template_hash: str | None = None              # of the chat format it was trained with; None: a foreign directory
@@ -140,9 +141,11 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
     path = folder / "generation_config.json"
     generation = read_json(path, THEIRS) if path.exists() else {}
     ends, template = stop_ids(generation, data, folder), read_template(folder)
+    begin = generation.get("bos_token_id", data.get("bos_token_id"))
     model, stored = load_weights(family, config, folder, dtype, device)
     return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored, family=family,
                   stop_ids=ends, chat_template=template, template_hash=ours.get("template_hash"),
+                  bos_id=begin if type(begin) is int else None,
                   sampling={k: generation[k] for k in (key.removesuffix("?") for key in THEIRS)
                             if generation.get(k) is not None})
 

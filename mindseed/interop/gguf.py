@@ -5,8 +5,9 @@ from our layout. Its `llama` and `deepseek2` turn interleaved pairs, so rows of 
 that order. Its latent attention is the absorbed form, so the matrix from the latent up is kept as two, the keys' one
 transposed. And llama3's scaling is a tensor of divisors of the frequencies.
 
-Q8_0 keeps 32 weights of a row as bytes with one scale; rows that are no multiple of 32 stay F16, vectors and routers
-F32. The writing and the quantiser are those of the `gguf` library.
+Much of what llama.cpp computes stands in its code and not in the file (`reasons` lists where that is not what our
+model does), so a model is refused, never bent. Q8_0 keeps 32 weights of a row as bytes with one scale; rows that are no
+multiple of 32 stay F16, vectors and routers F32. The writing and the quantiser are those of the `gguf` library.
 """
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, write_text
 from mindseed.base.log import extra
-from mindseed.core import Tokenizer
-from mindseed.interop.families import family_of, why_native
+from mindseed.interop.directory import Loaded
+from mindseed.interop.families import FAMILIES
+from mindseed.interop.gguf_vocab import add_vocabulary
 from mindseed.interop.rules import Layout, Rule, translate
-from mindseed.models.config import LMConfig
+from mindseed.models.config import LMConfig, without_training
 from mindseed.models.lm import LM
 from mindseed.nn.ffn import SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
@@ -32,15 +33,12 @@ from mindseed.nn.mla import MLAConfig
 from mindseed.nn.moe import MoEConfig
 from mindseed.nn.rope import (DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling, frequencies,
                               mscale, yarn_attention_factor)
-from mindseed.tokenizers.base import BOS, EOS, PAD
-from mindseed.tokenizers.bpe import spell_bytes
-from mindseed.tokenizers.split import GPT2, QWEN, by_pattern
 
 ARCHITECTURES = {"qwen3": "qwen3", "llama": "llama", "qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2"}
 INTERLEAVED = {"llama", "deepseek2"}              # llama.cpp's kind of rotation there
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-PRE_TOKENIZERS = {QWEN: "qwen2", GPT2: "gpt-2"}   # regular expressions that llama.cpp knows by name
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5            # its types of tokens
+LARGEST = {"f16": 65504.0, "q8_0": 127 * 65504.0}             # weights; a scale of Q8_0 is an F16
+LITE = {26: None, 27: None, 48: 128256}           # layers (and words) that make llama.cpp expect queries without a rank
 
 DENSE = [Rule(f"{name}.weight", f"ffn_{name}.weight") for name in ("gate", "up", "down")]
 LAYOUT = Layout(
@@ -71,49 +69,42 @@ class Written:
     kind: str
 
 
-def save_gguf(model: LM, tokenizer: Tokenizer, path: Path | str, *, kind: str = "f16", name: str = "mindseed",
-              chat_template: str | None = None) -> list[Written]:
-    """Write the file, and beside it an Ollama Modelfile. UserError if llama.cpp cannot run this model."""
-    path, architecture = Path(path), architecture_of(model.config)
-    if kind not in KINDS:
-        raise UserError(f"{kind!r} is not a kind of GGUF that is written here; choose one of {', '.join(KINDS)} "
-                        "(K-quants are made by llama.cpp's llama-quantize from an f16 file)")
+def write_gguf(loaded: Loaded, file: Path, *, kind: str, name: str, drop_mtp: bool = False) -> list[Written]:
+    """Write the file, of a `kind` in KINDS. UserError if llama.cpp cannot run this model or its tokenizer."""
+    model, architecture = loaded.model, architecture_of(loaded.model.config, drop_mtp=drop_mtp)
     with extra("gguf"):
         import gguf
-    pre = pre_tokenizer(tokenizer)
-    written = []
-    with atomic(path) as temp:
-        writer = gguf.GGUFWriter(temp, architecture)
-        for key, value in metadata(model.config, architecture, gguf).items():
-            add(writer, key.format(arch=architecture), value)
-        writer.add_name(name)
-        writer.add_file_type(int(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "f32" else f"MOSTLY_{KINDS[kind]}")))
-        add_tokenizer(writer, tokenizer, model.config.vocab_size, pre, chat_template)
-        for ours, theirs, x in tensors(model, architecture):
-            wanted = kind_for(theirs, x, kind)
-            target = getattr(gguf.GGMLQuantizationType, KINDS[wanted])
-            data = gguf.quants.quantize(np.ascontiguousarray(x.float().numpy()), target)
-            writer.add_tensor(theirs, data, raw_dtype=target)
-            written.append(Written(ours=ours, theirs=theirs, shape=tuple(x.shape), kind=wanted))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    write_text(path.with_name("Modelfile"), modelfile(path.name, model.config))
+    writer, written = gguf.GGUFWriter(file, architecture), []
+    for key, value in metadata(model.config, architecture, gguf).items():
+        add(writer, key.format(arch=architecture), value)
+    writer.add_name(name)
+    writer.add_file_type(int(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "f32" else f"MOSTLY_{KINDS[kind]}")))
+    if kind == "q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_vocabulary(writer, loaded, model.config.vocab_size)
+    for ours, theirs, x in tensors(model, architecture):
+        wanted = kind_for(theirs, x, kind)
+        if x.abs().max() > LARGEST.get(wanted, torch.inf):
+            raise UserError(f"{ours} has weights up to {x.abs().max():.3g}, beyond what {wanted} can hold; choose bf16 "
+                            "or f32")
+        target = getattr(gguf.GGMLQuantizationType, KINDS[wanted])
+        writer.add_tensor(theirs, gguf.quants.quantize(np.ascontiguousarray(x.float().numpy()), target),
+                          raw_dtype=target)
+        written.append(Written(ours=ours, theirs=theirs, shape=tuple(x.shape), kind=wanted))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return written
 
 
-def architecture_of(config: LMConfig) -> str:
-    """llama.cpp's name for it. UserError, with the reasons, for a model that it cannot run."""
-    family = family_of(config)
-    if family is None:
-        raise UserError(f"llama.cpp cannot run this model: {why_native(config)}")
-    mixer = config.layers[0].mixer
-    if any(getattr(layer.mixer, "window", None) for layer in config.layers):
-        raise UserError(f"llama.cpp's {ARCHITECTURES[family.name]} has no sliding windows, which this model has")
-    if isinstance(mixer.rope.scaling, DynamicScaling):
-        raise UserError("llama.cpp has no dynamic rope scaling, which this model has; extend it with yarn instead")
-    return ARCHITECTURES[family.name]
+def kind_named(name: str) -> str:
+    """The kind that a user asks for; torch's names of the same are understood."""
+    known = {"fp32": "f32", "fp16": "f16"}.get(name.lower(), name.lower())
+    if known not in KINDS:
+        raise UserError(f"dtype={name!r} is no kind of GGUF that is written here; choose one of {', '.join(KINDS)} "
+                        "(K-quants are made by llama.cpp's llama-quantize from an f16 file)")
+    return known
 
 
 def kind_for(name: str, x: Tensor, kind: str) -> str:
@@ -121,6 +112,47 @@ def kind_for(name: str, x: Tensor, kind: str) -> str:
     if x.ndim == 1 or name.endswith(("ffn_gate_inp.weight", "exp_probs_b.bias", "rope_freqs.weight")):
         return "f32"
     return "f16" if kind == "q8_0" and x.shape[-1] % 32 else kind
+
+
+# -------------------------------------------------------------------------------------------- what llama.cpp can run
+
+def architecture_of(config: LMConfig, *, drop_mtp: bool = False) -> str:
+    """llama.cpp's name for it. UserError, with the reasons of the closest, for a model that it cannot run."""
+    found = {name: FAMILIES[name].reasons(config) + reasons(config, architecture, drop_mtp)
+             for name, architecture in ARCHITECTURES.items()}
+    name = min(found, key=lambda name: (bool(FAMILIES[name].reasons(config)), len(found[name])))
+    if found[name]:
+        raise UserError(f"llama.cpp cannot run this model as {ARCHITECTURES[name]}: {'; '.join(found[name])}")
+    return ARCHITECTURES[name]
+
+
+def reasons(config: LMConfig, architecture: str, drop_mtp: bool) -> list[str]:
+    """Why llama.cpp would compute something else, for a model that the family of this architecture can hold."""
+    layers, found = without_training(config).layers, []
+    mixer, ffns = layers[0].mixer, [layer.ffn for layer in layers]
+    moe = next((f for f in ffns if isinstance(f, MoEConfig)), None)
+    rope = getattr(mixer, "rope", None)
+    scaling = rope.scaling if rope is not None else None
+    latent = isinstance(mixer, MLAConfig)
+    for bad, why in (
+            (any(getattr(layer.mixer, "window", None) for layer in layers), "it has no sliding windows there"),
+            (config.mtp and not drop_mtp, "modules that predict further tokens are not written; leave them out with "
+             "--drop-mtp, which changes no logits"),
+            (isinstance(scaling, DynamicScaling), "it has no dynamic rope scaling; extend the model with yarn instead"),
+            (isinstance(scaling, Llama3Scaling) and architecture != "llama", "it has llama3's rope scaling for Llamas "
+             "alone"),
+            (isinstance(scaling, YarnScaling) and not scaling.truncate, "its yarn rounds borders to whole pairs"),
+            (latent and isinstance(scaling, YarnScaling) and abs(yarn_attention_factor(scaling) - 1) > 1e-6,
+             "its yarn for latent attention scales the scores alone: mscale and mscale_all_dim must be equal"),
+            (architecture == "qwen3moe" and any(f != moe for f in ffns), "all its layers are mixtures, none dense"),
+            (architecture == "qwen3moe" and moe is not None and not moe.renormalise,
+             "it always renormalises the weights of the chosen experts"),
+            (latent and mixer.norm_eps != config.norm_eps, "it has one norm_eps, not "
+             f"{config.norm_eps} and {getattr(mixer, 'norm_eps', None)}"),
+            (latent and mixer.q_rank and LITE.get(len(layers), 0) in (None, config.vocab_size),
+             f"it takes {len(layers)} layers for the small DeepSeek-V2, whose queries have no rank")):
+        found += [why] if bad else []
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- tensors
@@ -178,39 +210,39 @@ def metadata(config: LMConfig, architecture: str, gguf: Any) -> dict[str, Any]:
     out = {"{arch}.vocab_size": config.vocab_size, "{arch}.context_length": config.seq_len,
            "{arch}.embedding_length": config.dim, "{arch}.block_count": len(config.layers),
            "{arch}.feed_forward_length": dense[0] if dense else moe.expert_dim,
-           a + "head_count": mixer.heads, a + "layer_norm_rms_epsilon": config.norm_eps}
+           a + "head_count": mixer.heads, a + "layer_norm_rms_epsilon": float(config.norm_eps)}
     if isinstance(mixer, MLAConfig):
         out |= {a + "head_count_kv": 1, a + "key_length": mixer.kv_rank + mixer.rope_dim,
                 a + "value_length": mixer.kv_rank, a + "key_length_mla": mixer.key_dim,
                 a + "value_length_mla": mixer.value_dim, a + "kv_lora_rank": mixer.kv_rank,
-                "{arch}.rope.dimension_count": mixer.rope_dim}
-        out |= {a + "q_lora_rank": mixer.q_rank} if mixer.q_rank else {}
+                a + "q_lora_rank": mixer.q_rank or 0, "{arch}.rope.dimension_count": mixer.rope_dim}
     else:
         out |= {a + "head_count_kv": mixer.kv_heads, a + "key_length": mixer.head_dim,
                 a + "value_length": mixer.head_dim, "{arch}.rope.dimension_count": mixer.head_dim}
     if moe is not None:
         e = "{arch}.expert_"
-        out |= {e + "count": moe.experts, e + "used_count": moe.top_k, e + "feed_forward_length": moe.expert_dim,
-                e + "weights_scale": float(moe.scaling), e + "weights_norm": moe.renormalise,
-                e + "gating_func": int(getattr(gguf.ExpertGatingFuncType, moe.score.upper())),
-                e + "shared_count": moe.shared_dim // moe.expert_dim}
+        out |= {e + "count": moe.experts, e + "used_count": moe.top_k, e + "feed_forward_length": moe.expert_dim}
         if architecture == "deepseek2":
-            out |= {"{arch}.leading_dense_block_count": len(dense), e + "group_count": moe.groups,
-                    e + "group_used_count": moe.top_groups}
-    return out | rope_metadata(mixer.rope)
+            out |= {"{arch}.leading_dense_block_count": len(dense),
+                    e + "shared_count": moe.shared_dim // moe.expert_dim, e + "weights_scale": float(moe.scaling),
+                    e + "weights_norm": moe.renormalise,
+                    e + "gating_func": int(getattr(gguf.ExpertGatingFuncType, moe.score.upper()))}
+            if moe.top_groups < moe.groups:       # else all compete, as without groups
+                out |= {e + "group_count": moe.groups, e + "group_used_count": moe.top_groups}
+    return out | rope_metadata(mixer)
 
 
-def rope_metadata(rope: RopeConfig) -> dict[str, Any]:
-    s, r = rope.scaling, "{arch}.rope.scaling."
-    out: dict[str, Any] = {"{arch}.rope.freq_base": float(rope.theta)}
+def rope_metadata(mixer: GQAConfig | MLAConfig) -> dict[str, Any]:
+    s, r = mixer.rope.scaling, "{arch}.rope.scaling."
+    out: dict[str, Any] = {"{arch}.rope.freq_base": float(mixer.rope.theta)}
     if isinstance(s, LinearScaling):
         out |= {r + "type": "linear", r + "factor": float(s.factor)}
     elif isinstance(s, YarnScaling):
         out |= {r + "type": "yarn", r + "factor": float(s.factor), r + "original_context_length": s.original,
                 r + "yarn_beta_fast": float(s.beta_fast), r + "yarn_beta_slow": float(s.beta_slow)}
-        if s.mscale_all_dim:
+        if isinstance(mixer, MLAConfig) and s.mscale_all_dim:
             out[r + "yarn_log_multiplier"] = 0.1 * s.mscale_all_dim
-        elif s.attention_factor is not None:      # llama.cpp multiplies its own factor by this one
+        else:                                     # llama.cpp multiplies its own factor by this one
             out[r + "attn_factor"] = yarn_attention_factor(s) / mscale(s.factor)
     return out
 
@@ -218,43 +250,3 @@ def rope_metadata(rope: RopeConfig) -> dict[str, Any]:
 def add(writer: Any, key: str, value: Any) -> None:
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     kinds[type(value)](key, value)
-
-
-# ------------------------------------------------------------------------------------------- tokenizer and Modelfile
-
-def pre_tokenizer(tokenizer: Tokenizer) -> str:
-    """llama.cpp's name for the way the tokenizer cuts text. UserError for one that it does not know."""
-    spec = tokenizer.spec()
-    known = {str((by_pattern(pattern),)): name for pattern, name in PRE_TOKENIZERS.items()}
-    if "merges" not in spec or str(tuple(spec["splits"])) not in known:
-        raise UserError("llama.cpp does not know how this tokenizer cuts text before merging; it knows "
-                        f"{' and '.join(PRE_TOKENIZERS.values())}")
-    return known[str(tuple(spec["splits"]))]
-
-
-def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int, pre: str, chat_template: str | None) -> None:
-    spec = tokenizer.spec()
-    spelling = {id: spell_bytes(token) for id, token in tokenizer.tokens.items()}
-    kinds = dict.fromkeys(spelling, NORMAL)
-    for text, id in tokenizer.specials.items():
-        spelling[id], kinds[id] = text, USER_DEFINED if text in tokenizer.visible else CONTROL
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([spelling.get(id, f"<|unused_{id}|>") for id in range(rows)])
-    writer.add_token_types([kinds.get(id, UNUSED) for id in range(rows)])
-    writer.add_token_merges([f"{spelling[a]} {spelling[b]}" for a, b in spec["merges"]])
-    for text, tell in ((BOS, writer.add_bos_token_id), (EOS, writer.add_eos_token_id), (PAD, writer.add_pad_token_id)):
-        if text in tokenizer.specials:
-            tell(tokenizer.specials[text])
-    writer.add_add_bos_token(False)
-    if chat_template is not None:
-        writer.add_chat_template(chat_template)
-
-
-def modelfile(file: str, config: LMConfig) -> str:
-    """For `ollama create NAME -f Modelfile`. Ollama has a template language of its own."""
-    return (f"FROM ./{file}\n"
-            f"PARAMETER num_ctx {config.seq_len}\n"
-            f'PARAMETER stop "{EOS}"\n'
-            'TEMPLATE """{{- range .Messages }}' + BOS + "{{ .Role }}\n{{ .Content }}" + EOS + "\n{{ end }}"
-            + BOS + 'assistant\n"""\n')

@@ -3,9 +3,11 @@
   mindseed convert some/Llama runs/llama                           what the source is, it finds out by itself
   mindseed convert out/full_sft_768.pth runs/minimind              MiniMind's weights; no flags, shapes tell
   mindseed convert runs/demo/model exported --to llama --dtype bf16
+  mindseed convert runs/demo/model runs/seed --to gguf --dtype q8_0     runs/seed/seed.gguf for llama.cpp and Ollama
 
 Prints which tensors went where and ends by comparing the logits of both; if they differ, the exit code is 1. What the
-target's format cannot express is refused with the reason.
+target's format cannot express is refused with the reason. A GGUF file is read back as llama.cpp would read it and kept
+only if it computes the same; beside it lies a Modelfile: `ollama create seed -f runs/seed/Modelfile`.
 """
 from __future__ import annotations
 
@@ -14,27 +16,37 @@ from dataclasses import dataclass
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
-from mindseed.base.log import say, table
-from mindseed.interop.convert import TOLERANCE, Mapped, convert
+from mindseed.base.log import say, table, warn
+from mindseed.interop.convert import GGUF, TOLERANCE, convert, convert_gguf
 from mindseed.interop.families import FAMILIES
+from mindseed.interop.gguf import KINDS
+from mindseed.interop.gguf_read import ROUNDING, TOLERANCE as GGUF_TOLERANCE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: str = option("", help="the model directory or state dict to read", positional=True)
-    target: str = option("", help="the model directory to write", positional=True)
-    to: str | None = option(None, help=f"family of the target: {', '.join(FAMILIES)} [the first that can hold it]")
-    dtype: str | None = option(None, help="fp32, bf16 or fp16 [as in the source]")
+    target: str = option("", help="the model directory or GGUF file to write", positional=True)
+    to: str | None = option(None, help=f"family of the target: {', '.join(FAMILIES)} [the first that can hold it]; or "
+                                       "gguf")
+    dtype: str | None = option(None, help=f"fp32, bf16 or fp16; for gguf {', '.join(KINDS)} [as in the source]")
     tokenizer: str | None = option(None, help="folder of tokenizer.json, for a bare state dict [beside it]")
     overwrite: bool = option(False, help="replace the target if it exists")
+    drop_mtp: bool = option(False, help="for gguf: leave out the modules that predict further tokens")
 
 
 def main(options: Options) -> int:
     if not options.source or not options.target:
         raise UserError("from where to where? mindseed convert SOURCE TARGET [--to llama] [--dtype bf16]")
+    if options.to == "gguf":
+        done = convert_gguf(options.source, options.target, dtype=options.dtype, tokenizer=options.tokenizer,
+                            overwrite=options.overwrite, drop_mtp=options.drop_mtp)
+        return report_gguf(done)
+    if options.drop_mtp:
+        raise UserError("drop_mtp has no effect without --to gguf: model directories keep these modules")
     done = convert(options.source, options.target, to=options.to, dtype=options.dtype, tokenizer=options.tokenizer,
                    overwrite=options.overwrite)
-    table("tensors", ["here", "there", "shape", "number"], summary(done.mapped))
+    table("tensors", ["here", "there", "shape", "number"], summary([(m.ours, m.theirs, m.shape) for m in done.mapped]))
     names = [str(dtype).removeprefix("torch.") for dtype in (done.before, done.after)]
     say(f"{done.source} -> {done.target}: {len(done.mapped)} tensors, {' -> '.join(dict.fromkeys(names))}, written to "
         f"{options.target}")
@@ -45,12 +57,30 @@ def main(options: Options) -> int:
     return 0 if done.good else 1
 
 
-def summary(mapped: list[Mapped]) -> list[list[str]]:
-    """One row per kind of tensor, layers counted."""
+def report_gguf(done: GGUF) -> int:
+    table("tensors", ["here", "there", "shape", "kind", "number"],
+          summary([(w.ours, w.theirs, w.shape, w.kind) for w in done.written]))
+    if done.rounding:
+        say(f"rounding to {done.kind} moves logits by {done.rounding:.1%} of their size, root of the mean square "
+            f"(allowed {ROUNDING[done.kind]:.0%})")
+    verdict = "equal" if done.good else "DIFFERENT: the file is not kept, nothing was written"
+    say(f"logits of the file, read back, against the weights rounded alike: {verdict} (largest difference "
+        f"{done.difference:.1e} of the largest logit, allowed {GGUF_TOLERANCE:.0e})")
+    if done.nfc:
+        warn("this tokenizer composes characters first (NFC) and llama.cpp does not: text that is not composed yet "
+             "gets other ids there")
+    if done.good:
+        say(f"{done.source} -> gguf: {len(done.written)} tensors, {done.kind}, written to {done.path}; for Ollama: "
+            f"ollama create {done.path.stem} -f {done.path.with_name('Modelfile')}")
+    return 0 if done.good else 1
+
+
+def summary(mapped: list[tuple]) -> list[list[str]]:
+    """One row per kind of tensor, layers counted; of (our name, theirs, shape, ...)."""
     rows: dict[tuple[str, ...], int] = {}
-    for m in mapped:
-        here, there = (re.sub(r"\.\d+\.", ".{i}.", name) for name in (m.ours, m.theirs))
+    for ours, theirs, shape, *more in mapped:
+        here, there = (re.sub(r"\.\d+\.", ".{i}.", name) for name in (ours, theirs))
         there = re.sub(r"experts\.\{i\}\.|experts\.\d+\.", "experts.{e}.", there)
-        key = (here, there, " x ".join(map(str, m.shape)))
+        key = (here, there, " x ".join(map(str, shape)), *more)
         rows[key] = rows.get(key, 0) + 1
     return [[*key, str(count)] for key, count in rows.items()]
