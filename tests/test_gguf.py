@@ -40,7 +40,7 @@ SHAPES = {
                          latent=LatentShape(kv_rank=32, q_rank=32, rope_dim=8),
                          moe=replace(MOE, shared_dim=64, score="sigmoid", bias=True, groups=2, scaling=2.5)),
 }
-YARN = YarnScaling(factor=4.0, original=16, beta_fast=4.0)
+YARN = YarnScaling(factor=4.0, original=16)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,7 @@ DEEP = SHAPES["deepseek2"]
     (SHAPE, RopeConfig(scaling=DynamicScaling(factor=2.0, original=64)), {}, "no dynamic rope scaling"),
     (SHAPE, RopeConfig(scaling=Llama3Scaling(factor=8.0, original=16)), {}, "llama3's rope scaling for Llamas alone"),
     (SHAPE, RopeConfig(scaling=replace(YARN, truncate=False)), {}, "rounds borders to whole pairs"),
+    (SHAPE, RopeConfig(scaling=replace(YARN, original=64, beta_slow=4.0)), {}, "always has beta_fast 32 and beta_slow"),
     (replace(SHAPE, mtp=1), None, {}, "leave them out with --drop-mtp"),
     (replace(SHAPE, moe=MOE, dense_layers=1), None, {}, "qwen3moe: all its layers are mixtures"),
     (replace(SHAPE, moe=replace(MOE, renormalise=False)), None, {}, "always renormalises"),

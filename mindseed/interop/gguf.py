@@ -11,7 +11,7 @@ multiple of 32 stay F16, vectors and routers F32. The writing and the quantiser 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -141,7 +141,8 @@ def reasons(config: LMConfig, architecture: str, drop_mtp: bool) -> list[str]:
             (isinstance(scaling, DynamicScaling), "it has no dynamic rope scaling; extend the model with yarn instead"),
             (isinstance(scaling, Llama3Scaling) and architecture != "llama", "it has llama3's rope scaling for Llamas "
              "alone"),
-            (isinstance(scaling, YarnScaling) and not scaling.truncate, "its yarn rounds borders to whole pairs"),
+            (isinstance(scaling, YarnScaling) and not as_there(rope, mixer.rope_dim if latent else mixer.head_dim),
+             "its yarn always has beta_fast 32 and beta_slow 1, and rounds borders to whole pairs"),
             (latent and isinstance(scaling, YarnScaling) and abs(yarn_attention_factor(scaling) - 1) > 1e-6,
              "its yarn for latent attention scales the scores alone: mscale and mscale_all_dim must be equal"),
             (architecture == "qwen3moe" and any(f != moe for f in ffns), "all its layers are mixtures, none dense"),
@@ -153,6 +154,12 @@ def reasons(config: LMConfig, architecture: str, drop_mtp: bool) -> list[str]:
              f"it takes {len(layers)} layers for the small DeepSeek-V2, whose queries have no rank")):
         found += [why] if bad else []
     return found
+
+
+def as_there(rope: RopeConfig, width: int) -> bool:
+    """Whether yarn gives the frequencies that it has with llama.cpp's constants."""
+    plain = YarnScaling(factor=rope.scaling.factor, original=rope.scaling.original)
+    return torch.equal(frequencies(rope, width)[0], frequencies(replace(rope, scaling=plain), width)[0])
 
 
 # --------------------------------------------------------------------------------------------------------- tensors
@@ -238,8 +245,7 @@ def rope_metadata(mixer: GQAConfig | MLAConfig) -> dict[str, Any]:
     if isinstance(s, LinearScaling):
         out |= {r + "type": "linear", r + "factor": float(s.factor)}
     elif isinstance(s, YarnScaling):
-        out |= {r + "type": "yarn", r + "factor": float(s.factor), r + "original_context_length": s.original,
-                r + "yarn_beta_fast": float(s.beta_fast), r + "yarn_beta_slow": float(s.beta_slow)}
+        out |= {r + "type": "yarn", r + "factor": float(s.factor), r + "original_context_length": s.original}
         if isinstance(mixer, MLAConfig) and s.mscale_all_dim:
             out[r + "yarn_log_multiplier"] = 0.1 * s.mscale_all_dim
         else:                                     # llama.cpp multiplies its own factor by this one

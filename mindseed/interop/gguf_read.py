@@ -1,9 +1,9 @@
 """A GGUF file back into a model, from nothing but what stands in the file; and the proof that the two compute the same.
 
 Everything is read as llama.cpp reads it: numbers from the file's metadata, pairs interleaved for `llama` and
-`deepseek2`, softmax and renormalised weights for `qwen3moe` whatever anyone wrote. So the proof is of the file, not of
-the writer's intentions: what was written wrongly computes something else here, and a tensor too many or too few is an
-error.
+`deepseek2`, softmax and renormalised weights for `qwen3moe`, yarn's borders at 32 turns and 1, whatever anyone wrote.
+So the proof is of the file, not of the writer's intentions: what was written wrongly computes something else here, and
+a tensor too many or too few is an error.
 """
 from __future__ import annotations
 
@@ -135,7 +135,6 @@ def read_rope(meta: Metadata) -> RopeConfig:
         if meta.architecture == "deepseek2" and abs(tables - 1) > 1e-6:
             raise UserError(f"{meta.where}: yarn's factor {tables:.4f} would act on scores of latent attention twice")
         scaling = YarnScaling(factor=factor, original=meta(r + "original_context_length"), attention_factor=tables,
-                              beta_fast=meta(r + "yarn_beta_fast"), beta_slow=meta(r + "yarn_beta_slow"),
                               mscale_all_dim=sharpen or None)
     return RopeConfig(theta=meta("{arch}.rope.freq_base"), scaling=scaling,
                       interleaved=meta.architecture in INTERLEAVED)
