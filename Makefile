@@ -5,6 +5,7 @@
 # build of the same version, pip prefers it. TORCH=... chooses another build: make demo TORCH=torch==2.13.0+cpu
 
 TORCH ?= torch==2.13.0
+LLAMA ?= llama-cpp-python==0.3.36
 VENV  ?= .venv
 ARGS  ?=
 BIN   := $(VENV)/bin
@@ -13,10 +14,10 @@ LIMIT := $(VENV)/constraints.txt
 READY := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench clean env
+.PHONY: help demo test bench parity-llamacpp clean env
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env  ## grow a chat model from nothing on embedded data (ARGS="--help" for its options)
 	@$(BIN)/mindseed demo $(ARGS)
@@ -26,6 +27,9 @@ test: $(VENV)/.test  ## the whole test suite (ARGS="-m parity" for a part of it)
 
 bench: $(VENV)/.bench  ## measure the figures of docs/BENCHMARKS.md on this machine
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+parity-llamacpp: $(VENV)/.test $(VENV)/.llamacpp  ## our GGUF files in llama.cpp itself (ARGS=qwen3 for some)
+	@$(BIN)/python -m tests.parity_llamacpp $(VENV)/llamacpp/bin/python $(ARGS)
 
 clean:  ## remove the environment and caches; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
@@ -60,4 +64,11 @@ $(VENV)/.test: $(VENV)/.core
 $(VENV)/.bench: $(VENV)/.core
 	@echo "[+] what the benchmarks need: transformers, matplotlib"
 	@$(PIP) --constraint $(LIMIT) --editable ".[bench,parquet,zstd]"
+	@touch $@
+
+# In an environment of its own, so that the tests' is what `pip install mindseed` gives. Needs a C++ compiler.
+$(VENV)/.llamacpp: $(VENV)/.core
+	@echo "[+] $(LLAMA), compiled here: ten minutes on two cores (CMAKE_BUILD_PARALLEL_LEVEL sets how many it uses)"
+	@$(BIN)/python -m venv $(VENV)/llamacpp
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/llamacpp/bin/python -m pip install -qq --no-input "$(LLAMA)"
 	@touch $@
