@@ -17,6 +17,8 @@ from mindseed.interop.convert import convert_gguf, save_gguf
 from mindseed.interop.directory import Loaded, save_directory
 from mindseed.interop.gguf_read import logits, nearest, read_gguf
 from mindseed.interop.gguf_vocab import CONTROL, LLAMA3, NORMAL, UNUSED, USER_DEFINED, pre_tokenizer
+from mindseed.interop.qwen3 import QWEN3
+from mindseed.interop.rules import translate, write_names
 from mindseed.models.lm import build
 from mindseed.models.presets import LatentShape, Shape
 from mindseed.nn.moe import MoEConfig
@@ -25,6 +27,7 @@ from mindseed.tokenizers.bpe import BPE, spell_bytes
 from mindseed.tokenizers.bpe_train import train
 from mindseed.tokenizers.byte import Byte
 from mindseed.tokenizers.chat import JINJA
+from mindseed.tokenizers.hf_json import save_tokenizer
 from mindseed.tokenizers.split import GPT2, QWEN, Splitter, by_pattern
 from tests.tiny import randomise
 
@@ -106,6 +109,17 @@ def test_a_file_alone_and_the_dtype_of_the_source(tmp_path, tokenizer):
     assert done.good and done.kind == "bf16" and done.rounding == 0
     assert sorted(p.name for p in (tmp_path / "exports").iterdir()) == ["Modelfile", "tiny.gguf"]
     assert convert_gguf(source, tmp_path / "exports" / "tiny.gguf", dtype="fp16", overwrite=True).kind == "f16"
+
+
+def test_a_bare_state_dict(tmp_path, capsys, tokenizer):
+    model = model_of(SHAPE, tokenizer)
+    state = dict(model.state_dict())
+    torch.save(write_names(translate(QWEN3.layout, model.config, {name: x.shape for name, x in state.items()}), state),
+               tmp_path / "full_sft_64.pth")
+    save_tokenizer(tokenizer, tmp_path)
+    assert main(["convert", str(tmp_path / "full_sft_64.pth"), str(tmp_path / "seed"), "--to", "gguf"]) == 0
+    assert "qwen3 -> gguf: 24 tensors, f32" in capsys.readouterr().out
+    assert field(gguf.GGUFReader(tmp_path / "seed" / "seed.gguf"), "qwen3.rope.freq_base") == 1e6       # MiniMind's
 
 
 def test_places_that_are_taken(tmp_path, capsys, tokenizer):
