@@ -34,7 +34,8 @@ def named(name: str) -> Family:
     """The family a user asks for."""
     known = name.replace("-", "_")
     if known not in FAMILIES:
-        raise UserError(f"{name!r} is no family of models that can be written; choose one of {', '.join(FAMILIES)}")
+        raise UserError(f"{name!r} is no family of models that can be written; choose one of {', '.join(FAMILIES)}, "
+                        "or gguf")
     return FAMILIES[known]
 
 

@@ -58,8 +58,10 @@ def main(options: Options) -> int:
 
 
 def report_gguf(done: GGUF) -> int:
-    table("tensors", ["here", "there", "shape", "kind", "number"],
-          summary([(w.ours, w.theirs, w.shape, w.kind) for w in done.written]))
+    rows = summary([(w.ours.removesuffix(".weight"), w.theirs.removesuffix(".weight"), w.shape, w.kind)
+                    for w in done.written])
+    table("tensors (without .weight)", ["here", "there", "shape", "kind", "n"],
+          [[here, there, shape.replace(" ", ""), *rest] for here, there, shape, *rest in rows])
     if done.rounding:
         say(f"rounding to {done.kind} moves logits by {done.rounding:.1%} of their size, root of the mean square "
             f"(allowed {ROUNDING[done.kind]:.0%})")
