@@ -112,7 +112,7 @@ def test_shards(sources, tmp_path, refused):
     files[1].write_bytes(second)
     for wrong in ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 1}}):
         index.write_text(json.dumps(wrong))
-        assert f"{INDEX} is damaged or of another kind: weight_map" in refused(folder)
+        assert INDEX in (said := refused(folder)) and ("weight_map" in said or "names no tensor" in said)
     index.write_text(json.dumps({"weight_map": about["weight_map"] | {"a": "../model.safetensors"}}))
     assert f"{INDEX} names ../model.safetensors, outside its folder" in refused(folder)
     some = {name: file for name, file in about["weight_map"].items() if file != files[1].name}
