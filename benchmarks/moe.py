@@ -6,9 +6,8 @@ pair goes without. All take the same ids, AdamW (fused), clipping, and the auxil
 """
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
-
-import torch
 
 from benchmarks.common import ROUNDS, in_turn, ratio, report, seconds, spread
 from benchmarks.train_step import LENGTH, ROWS, VOCAB, our_step, their_step
@@ -17,7 +16,6 @@ from mindseed.models.presets import PRESETS, Shape
 from mindseed.nn.moe import MoEConfig
 from mindseed.plan.memory import cache_bytes_per_token
 from mindseed.plan.params import count_params
-from mindseed.recipes.machine import choose_precision
 
 NAME = "moe"
 EXPERT = 448
@@ -32,17 +30,17 @@ def params(shape: Shape) -> str:
 
 
 def main() -> None:
-    precision, rows = choose_precision("auto", torch.device("cpu")), []
+    rows = []
     pairs = (("mixture with a shared expert", SHARED, "dense", DENSE, our_step, 0.75),
              ("mixture", PLAIN, "transformers Qwen3-MoE", PLAIN, their_step, 1.5))
-    for name, shape, against, other, make, target in pairs:
+    for (name, shape, against, other, make, target), precision in itertools.product(pairs, ("bf16", "fp32")):
         steps = {"a": our_step(False, shape, precision), "b": make(False, other, precision)}
         for step in (*steps.values(), *steps.values()):
             step()
         times = in_turn({key: lambda step=step: seconds(step) for key, step in steps.items()}, ROUNDS)
         speed = {key: [ROWS * LENGTH / t for t in values] for key, values in times.items()}
-        rows.append([f"{name}, {params(shape)}", spread(speed["a"]), f"{against}, {params(other)}", spread(speed["b"]),
-                     f"{ratio(times['b'], times['a']):.2f}x", f"{target}x"])
+        rows.append([f"{name}, {params(shape)}, {precision}", spread(speed["a"]), f"{against}, {params(other)}",
+                     spread(speed["b"]), f"{ratio(times['b'], times['a']):.2f}x", f"{target}x"])
     for size in ("mini", "small"):
         mla, gqa = (cache_bytes_per_token(PRESETS[f"{family}-{size}"].lm_config(vocab_size=VOCAB, seq_len=LENGTH))
                     for family in ("deepseek-v3", "qwen3"))
@@ -50,7 +48,8 @@ def main() -> None:
                      f"{gqa} bytes a token", f"{mla / gqa:.2f}x", ""])
     report(NAME, "Mixtures of experts: a training step, 8 x 512 tokens, CPU; and the caches of MLA and GQA",
            ["what", "tok/s", "against", "tok/s", "ratio", "target"], rows, command="python -m benchmarks.moe",
-           notes=f"{precision}, eager, AdamW, medians of {ROUNDS} steps each, in turn. Caches in bf16, by arithmetic.")
+           notes=f"Eager, AdamW, medians of {ROUNDS} steps each, in turn; bf16 is autocast. Caches in bf16, by "
+                 "arithmetic.")
 
 
 if __name__ == "__main__":
