@@ -24,6 +24,7 @@ RECIPES = {                                       # in the order in which a newc
     "show-batch": "print what a batch trains on, in colour",
     "plan": "parameters, FLOPs, memory and time of a run before its first step",
     "train": "pretrain or fine-tune a model",
+    "extend": "lengthen a model's context, and measure how far it sees",
     "convert": "read and write other model formats",
 }
 EXAMPLES = """\

@@ -72,7 +72,7 @@ def found(config: LMConfig, path: str):
 
 
 def test_every_option_has_its_case():
-    assert set(CASES) == {leaf.name for leaf in leaves(ModelOptions)} - {"start"}     # start brings its own shape
+    assert set(CASES) == {leaf.name for leaf in leaves(ModelOptions)} - {"start", "extend"}    # those bring a shape
 
 
 @pytest.mark.parametrize("options", [TrainOptions, *(cli.load(name).Options for name in cli.RECIPES)])
@@ -130,6 +130,7 @@ def test_an_option_given_over_a_preset_that_has_it_changes_nothing_else(name):
     ("--model.moe.experts 4 --model.moe.top_k 5", "top_k=5 must lie between 1 and experts=4"),
     ("--model.moe.experts 4 --model.moe.top_k 0", "top_k=0 must be at least 1"),
     ("--model.moe.experts 0", "experts=0"),
+    ("--model.extend", "model.extend has no effect without model.start"),
     ("--model.moe.top_k 2", "model.moe.top_k has no effect without model.moe.experts"),
     ("--model.moe.experts 4 --model.moe.groups 3", "groups=3 must divide experts=4"),
     ("--model.moe.experts 4 --model.moe.groups 4 --model.moe.top_groups 2", "one expert a group"),

@@ -71,6 +71,8 @@ class MLAOptions:
 class ModelOptions:
     start: str | None = option(None, help="model directory to start from, for more pretraining or for fine-tuning; "
                                           "none: random weights", alias="init")
+    extend: bool = option(False, help="stretch the rotary positions of model.start (YaRN) to a data.seq_len longer "
+                                      "than it was trained on")
     preset: str | None = option(None, help=f"named shape: {', '.join(PRESETS)} [derived: toy, or from --depth]")
     layers: int | None = option(None, help="number of blocks [derived]")
     dim: int | None = option(None, help="width of the residual stream [derived]")
@@ -100,7 +102,10 @@ class ModelOptions:
         if depth is not None and self.preset is not None:
             raise UserError(f"--depth {depth} and --model.preset {self.preset} both choose a shape; give one of them")
         base = shape_of_depth(depth) if depth is not None else preset(self.preset or "toy")
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("start", "preset", "moe", "mla")}
+        if self.extend and self.start is None:
+            raise UserError("model.extend has no effect without model.start")
+        apart = ("start", "extend", "preset", "moe", "mla")
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         shape = override(base, **plain)
         try:
             shape = override(shape, moe=self.moe.config(shape), latent=self.mla.shape(shape))

@@ -70,12 +70,12 @@ def write_report(folder: Path) -> Path:
     return out
 
 
-def template() -> jinja2.Template:
+def template(name: str = "report.html.j2") -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, autoescape=True,
         undefined=jinja2.StrictUndefined, finalize=lambda value: visible(value) if isinstance(value, str) else value)
     environment.filters |= {"duration": duration}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def visible(text: str) -> str:

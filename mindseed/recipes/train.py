@@ -44,6 +44,7 @@ from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import load_directory, require_folder, save_directory
 from mindseed.models.config import LMConfig, config_to_dict
 from mindseed.models.describe import describe
+from mindseed.models.extend import extended
 from mindseed.models.lm import LM, build
 from mindseed.models.upcycle import upcycle
 from mindseed.objectives.sft import SFT
@@ -145,7 +146,7 @@ def train_in(run_folder: Path, options: TrainOptions, device: torch.device) -> P
 
 # ----------------------------------------------------------------------------------------------------------- the parts
 
-SHAPE = {f.name for f in fields(ModelOptions)} - {"start", "dropout", "moe", "mla"}
+SHAPE = {f.name for f in fields(ModelOptions)} - {"start", "extend", "dropout", "moe", "mla"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +289,10 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
         raise UserError(f"{options.model.start} was trained with another tokenizer than {options.data.tokenizer} "
                         f"({loaded.tokenizer.vocab_size} and {tokenizer.vocab_size} tokens); leave out data.tokenizer "
                         "to use the model's own")
-    config = replace(loaded.model.config, dropout=options.model.dropout,
-                     seq_len=max(loaded.model.config.seq_len, options.data.seq_len))
+    config = replace(loaded.model.config, dropout=options.model.dropout)
+    if options.model.extend:
+        config = extended(config, options.data.seq_len)
+    config = replace(config, seq_len=max(config.seq_len, options.data.seq_len))
     model = with_config(loaded.model, config)
     if options.model.moe != MoEOptions():
         model = upcycle(model, options.model.moe.mixture(ffn_dim=1), seed=options.seed)
