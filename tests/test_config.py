@@ -317,7 +317,8 @@ def test_a_closed_pipe_is_quiet():
 
 def test_ctrl_c_ends_with_130_and_no_traceback():
     code = FAKE.format(main="lambda o: (print('ready', flush=True), time.sleep(60))")
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # `&` ignores it
     assert child.stdout.readline() == "ready\n"
     os.kill(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=60)
