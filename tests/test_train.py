@@ -249,6 +249,16 @@ def test_a_damaged_newer_checkpoint_does_not_cost_the_new_one(tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_average_asked_for_on_resuming_starts_from_the_restored_weights():
+    trained = make_run(tiny_model(), Fixed([random_batch(2, 8)]))
+    steps(trained, 3)
+    saved, fresh = capture(trained, None), make_run(tiny_model(seed=9), Fixed([random_batch(2, 8)]))
+    ema = EMA(fresh.backend.model, 0.99)
+    restore(fresh, ema, saved)
+    ema.swap()
+    assert torch.equal(flat(fresh.backend.model), flat(trained.backend.model))
+
+
 @pytest.mark.parametrize("kind,precision", [("adamw", "fp32"), ("muon", "fp32"), ("muon", "fp16")])
 def test_timing_a_few_steps_leaves_no_trace(kind, precision):
     runs = [make_run(tiny_model(), mixture(2), kind=kind, precision=precision, accumulate=2) for _ in range(2)]

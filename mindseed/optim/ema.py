@@ -17,8 +17,12 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"ema={decay} must lie in (0, 1)")
-        self.model, self.decay, self.updates = model, decay, 0
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.model, self.decay = model, decay
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew from the weights as they are."""
+        self.updates, self.average = 0, {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -177,14 +177,16 @@ def alone(folder: Path) -> Iterator[None]:
     if not dist.is_main():
         yield
         return
-    about = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    made, about = not folder.exists(), {}
+    with contextlib.suppress(UserError):          # it is only for the message
+        about = read_json(folder / "run.json", {"process": int})
     busy = (f"{folder} is being written by another process (number {about.get('process', 'unknown')}); end it first, "
             "or choose another folder (--out NAME)")
     with locked(folder / ".lock", wait_s=0, busy=busy):
         try:
             yield
         finally:
-            if [p.name for p in folder.iterdir()] == [".lock"]:                  # refused before anything was written
+            if made and [p.name for p in folder.iterdir()] == [".lock"]:         # refused before anything was written
                 shutil.rmtree(folder)
 
 

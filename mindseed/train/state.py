@@ -44,6 +44,8 @@ def restore(run: Run, ema: EMA | None, saved: dict[str, Any]) -> None:
     run.source.load_state_dict(saved["source"])
     if ema and saved["ema"]:
         ema.load_state_dict(saved["ema"])
+    elif ema:                                     # asked for only now: it was made of the weights before these
+        ema.restart()
     if run.balance and saved["balance"]:
         run.balance.load_state_dict(saved["balance"])
     run.step, run.tokens = saved["step"], saved["tokens"]
