@@ -43,6 +43,19 @@ def test_zstd(tmp_path):
         texts(tmp_path / "a.jsonl.zst")
 
 
+def test_parquet_that_stores_a_shared_text_once_is_not_unfolded_at_once(tmp_path):
+    """400 rows of the same megabyte: a file of a megabyte, and a batch of a few megabytes, not 400."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    pa.parquet.write_table(pa.table({"text": ["x" * 1_000_000] * 400}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 2_000_000
+    before, most = pa.total_allocated_bytes(), 0
+    for count, row in enumerate(read_rows([tmp_path / "a.parquet"]), 1):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert len(row.row["text"]) == 1_000_000
+    assert count == 400 and most < 30_000_000
+
+
 def test_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet

@@ -16,6 +16,7 @@ second in numpy. Documents come in windows of WINDOW, shuffled, so that memory d
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -89,11 +90,23 @@ def plan(documents: Documents, seq_len: int, *, strategy: Strategy = "best-fit",
     about = f"{VERSION} {documents.fingerprint} {seq_len} {strategy} {seed} {pieces}"
     name = f"{strategy}-{seq_len}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
     folder = folder / "plans" / name
-    with locked(folder.parent / ".lock"):          # of several ranks or runs, the first plans for all
-        if not (recover(folder) / "stats.json").exists():
+    with contextlib.suppress(UserError):           # it is there and whole
+        return _from_disk(folder)
+    try:
+        with locked(folder.parent / ".lock"):      # of several ranks or runs, the first plans for all
+            with contextlib.suppress(UserError):
+                return _from_disk(recover(folder))
             _to_disk(folder, documents, seq_len, strategy, seed, pieces)
-    mapped = Mapped(folder / "plan.safetensors")
-    stats = Stats(**read_json(folder / "stats.json", STATS, remedy=f"delete {folder}"))
+            return _from_disk(folder)
+    except PermissionError:                        # another user's folder
+        return _in_memory(documents, seq_len, strategy, seed, pieces)
+
+
+def _from_disk(folder: Path) -> Plan:
+    """The plan kept in `folder`; UserError if it is missing or damaged."""
+    stats, mapped = Stats(**read_json(folder / "stats.json", STATS)), Mapped(folder / "plan.safetensors")
+    if not {"segments", "rows"} <= mapped.arrays.keys() or len(mapped.arrays["rows"]) != stats.rows + 1:
+        raise UserError(f"{folder} is damaged")
     return Plan(mapped.arrays["segments"], mapped.arrays["rows"], stats, mapped)
 
 

@@ -40,6 +40,7 @@ from mindseed.recipes.grade import grade
 from mindseed.recipes.machine import choose_device
 from mindseed.recipes.options import DataOptions, LoopOptions, ModelOptions, TrainOptions
 from mindseed.recipes.report import write_report
+from mindseed.recipes.run_folder import commit
 from mindseed.tasks.toy import ToyTask
 from mindseed.tokenizers import bpe_train
 from mindseed.tokenizers.chat import normalise, render
@@ -231,7 +232,7 @@ def open_demo(options: Options) -> Demo:
         raise UserError(f"{folder} is not empty and holds no demo; choose another folder with --out")
     demo.details |= {"machine": describe_machine(), "command": shlex.join(["mindseed", *sys.argv[1:]]),
                      "program": command(),
-                     "version": __version__, "commit": train_recipe.commit(), "options": to_dict(options)}
+                     "version": __version__, "commit": commit(), "options": to_dict(options)}
     demo.details.setdefault("timings", {})
     demo.details.setdefault("runs", {})
     demo.save()

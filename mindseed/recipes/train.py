@@ -13,26 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
-from mindseed import __version__
-from mindseed.base import config as base_config
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.files import locked, make_folder, read_json, write_json, write_text
-from mindseed.base.hardware import describe_machine, peak
-from mindseed.base.log import bytes_text, open_sinks, read_jsonl, say, si, table, warn
+from mindseed.base.files import read_json, write_json
+from mindseed.base.hardware import peak
+from mindseed.base.log import bytes_text, read_jsonl, say, si, table, warn
 from mindseed.core import Objective
 from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
 from mindseed.data.mix import BLOCK, Mixture
@@ -58,6 +49,7 @@ from mindseed.recipes import prepare
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.model_options import MLAOptions, ModelOptions, MoEOptions
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
+from mindseed.recipes.run_folder import alone, claim, open_run, options_of_run, say_changes
 from mindseed.train.balance import Balance
 from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
@@ -86,14 +78,13 @@ def main(options: TrainOptions) -> int:
 
 def train(options: TrainOptions, device: torch.device) -> Path:
     """The whole run; returns the model directory. Raises Interrupted when it was asked to stop."""
-    run_folder = Path(options.out)
-    options = claim(options, run_folder)
-    with alone(run_folder):
-        return train_in(run_folder, options, device)
+    claimed = claim(options, Path(options.out))
+    with alone(Path(options.out)):
+        return train_in(Path(options.out), claimed, options, device)
 
 
-def train_in(run_folder: Path, options: TrainOptions, device: torch.device) -> Path:
-    for line in without_effect(options) if dist.is_main() else []:
+def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, device: torch.device) -> Path:
+    for line in without_effect(given) if dist.is_main() else []:
         warn(line)
     data = open_data(options, run_folder)
     model, info = open_model(options, data.tokenizer, device)
@@ -132,13 +123,13 @@ def train_in(run_folder: Path, options: TrainOptions, device: torch.device) -> P
         source.close()
         return run_folder / "model"
     torch.manual_seed(options.seed + 1_000_003 * dist.rank()) if not resumed else None
-    announce(options, model, data, groups, run_folder, device, resumed)
+    announce(options, model, data, groups, run_folder, device, resumed, run.step)
 
     peak_flops = dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops
     fit(Fit(run=run, steps=options.loop.steps, checkpoints=checkpoints, save_every=options.loop.save_every, ema=ema,
             hooks=[Hook(every=options.loop.validate_every, call=validation(backend, data, ema), before_first=True),
                    Hook(every=options.loop.sample_every, call=samples(model, data, options.seed))],
-            sinks=open_run(options, run_folder, resumed) if dist.is_main() else [],
+            sinks=open_run(options, given, resumed) if dist.is_main() else [],
             flops_per_token=flops_per_token(model.config, options.data.seq_len).model, peak_flops=peak_flops))
     source.close()
     return finish(options, backend, model, data, ema, run, info, run_folder)
@@ -158,53 +149,6 @@ class Data:
     entries: list[Prepared]
     names: list[str]
     heldout: dict[str, Evaluation]
-
-
-def options_of_run(options: TrainOptions) -> dict[str, Any] | None:
-    """What the run to go on with was given and has derived: it holds where the command says nothing else."""
-    config = Path(options.out) / "config.toml"
-    if options.resume == "never" or not config.exists():
-        return None
-    saved = base_config.read_toml(config)
-    if options.loop.minutes is not None or options.loop.epochs is not None:
-        saved["loop"] = saved.get("loop", {}) | {"steps": "none"}
-    return saved
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to the run as long as this one lives."""
-    if not dist.is_main():
-        yield
-        return
-    made, about = not folder.exists(), {}
-    with contextlib.suppress(UserError):          # it is only for the message
-        about = read_json(folder / "run.json", {"process": int})
-    busy = (f"{folder} is being written by another process (number {about.get('process', 'unknown')}); end it first, "
-            "or choose another folder (--out NAME)")
-    with locked(folder / ".lock", wait_s=0, busy=busy):
-        try:
-            yield
-        finally:
-            if made and [p.name for p in folder.iterdir()] == [".lock"]:         # refused before anything was written
-                shutil.rmtree(folder)
-
-
-def claim(options: TrainOptions, folder: Path) -> TrainOptions:
-    """Refuse to write over another run. What a run once measured (its precision, its steps) it keeps on resuming."""
-    before = folder / "config.toml"
-    if options.resume == "newest" and not before.exists():
-        raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
-    if options.resume == "never" and before.exists():
-        raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
-    if before.exists():
-        saved, loop = base_config.read_toml(before).get("loop", {}), options.loop
-        if loop.minutes is not None:
-            loop = replace(loop, minutes=None, steps=saved.get("steps"))
-        if loop.precision == "auto":
-            loop = replace(loop, precision=saved.get("precision", "auto"))
-        options = replace(options, loop=loop)
-    return options
 
 
 def open_data(options: TrainOptions, run_folder: Path) -> Data:
@@ -368,7 +312,7 @@ def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 
 # -------------------------------------------------------------------------------------------------- words and records
 
 def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder: Path, device: torch.device,
-             resumed: Path | None) -> None:
+             resumed: Path | None, step: int) -> None:
     """What is about to happen, before the first step: the model, the data, the optimisers, every derived value."""
     if not dist.is_main():
         return
@@ -399,37 +343,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
           [list(row) for row in group_table(groups)])
     if resumed:
-        saved = base_config.read_toml(folder / "config.toml") | {"out": options.out, "resume": options.resume}
-        for name, (then, now) in base_config.diff(base_config.from_dict(TrainOptions, saved), options).items():
-            say(f"changed    {name}: {then} then, {now} now")
+        say_changes(options, folder, step)
     say(f"going on from {resumed}" if resumed else f"writing to {folder}")
-
-
-def open_run(options: TrainOptions, folder: Path, resumed: Path | None) -> list:
-    """Record what this run is, and open its log; on resuming, log lines after the checkpoint are taken back."""
-    make_folder(folder)
-    write_text(folder / "config.toml", base_config.to_toml(replace(options, resume="never")))
-    write_json(folder / "run.json", {
-        "command": shlex.join(["mindseed", *sys.argv[1:]]), "version": __version__, "commit": commit(),
-        "process": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(),
-        "world_size": dist.world_size()})
-    log = folder / "log.jsonl"
-    if log.exists():
-        step = int(resumed.name.split("-")[1]) if resumed else -1
-        kept = [row for row in read_jsonl(log) if row["step"] <= step]
-        write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    return open_sinks(options.trackers, folder, base_config.to_dict(options), folder.name)
-
-
-def commit() -> str | None:
-    """The commit of the package's own checkout, with `+` if it has changes; None outside a checkout."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
-                              check=True).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data, ema: EMA | None, run: Run, info: dict,

@@ -7,6 +7,7 @@ leaves the last good one. Files are read with `weights_only`, so a checkpoint ca
 """
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, read_json, sha256, write_json
+from mindseed.base.files import atomic, read_json, recover, sha256, write_json
 from mindseed.optim.ema import EMA
 from mindseed.train.native import NativeBackend
 from mindseed.train.step import Run
@@ -86,7 +87,7 @@ class Checkpoints:
                     "world_size": dist.world_size(), "fingerprints": self.fingerprints,
                     "files": {"trainer.pt": {"bytes": (temp / "trainer.pt").stat().st_size,
                                              "sha256": sha256(temp / "trainer.pt")}}})
-            if score is not None and (self.best is None or score < self.best):
+            if score is not None and math.isfinite(score) and (self.best is None or score < self.best):
                 self.best = score
                 write_json(self.folder / "best.json", {"checkpoint": path.name, "score": score})
             self.prune(path)
@@ -115,6 +116,8 @@ class Checkpoints:
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, with what it holds; a broken one is passed over with a warning."""
         problems = []
+        for old in self.folder.glob(".step-*.old"):                   # a kill while one was written over
+            recover(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
         for path in reversed(self.found()):
             try:
                 saved = self.read(path)
@@ -123,8 +126,8 @@ class Checkpoints:
             except UserError as error:
                 problems.append(str(error))
                 continue
-            if best := self.best_of_run():
-                self.best = best["score"]
+            best = self.best_of_run()
+            self.best = best["score"] if best and math.isfinite(best["score"]) else None
             for problem in problems:
                 print(f"warning: {problem}; going back to {path.name}")
             return path, saved
@@ -137,6 +140,8 @@ class Checkpoints:
         about = read_json(path / "checkpoint.json", ABOUT)
         if about["format"] != FORMAT:
             raise UserError(f"{path} has checkpoint format {about['format']}, this version reads {FORMAT}")
+        if "trainer.pt" not in about["files"]:
+            raise UserError(f"{path / 'checkpoint.json'} lists no trainer.pt")
         for name, want in about["files"].items():
             file = path / name
             if not file.exists():

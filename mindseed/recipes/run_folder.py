@@ -1,0 +1,139 @@
+"""The folder of a training run: what it was told, what came of that, and going on with it.
+
+    given.toml     the options as they were given: preset and flags
+    config.toml    the same with everything derived from them and measured: the run can be repeated from it alone
+    run.json       command, version, commit, machine
+    log.jsonl      the figures of every step
+    checkpoints/   see mindseed/train/state.py
+
+To go on, the options given then lie beneath those given now, and what was derived is derived anew: a run made longer
+is validated at other intervals, on other ranks its batch is cut otherwise. What decides the result and was not given
+(the batch, the precision, the steps measured for loop.minutes) stays what it was.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterator
+
+from mindseed import __version__
+from mindseed.base import config as base_config
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.base.files import locked, make_folder, read_json, write_json, write_text
+from mindseed.base.hardware import describe_machine
+from mindseed.base.log import open_sinks, read_jsonl, say
+from mindseed.optim.schedule import learning_rate
+from mindseed.recipes.options import TrainOptions
+
+LONG = ("steps", "minutes", "epochs")             # the options that say how long to train
+
+
+def options_of_run(options: TrainOptions) -> dict[str, Any] | None:
+    """What the run to go on with was given: it holds where the command says nothing else."""
+    folder = Path(options.out)
+    if options.resume == "never" or not (folder / "config.toml").exists():
+        return None
+    given = base_config.to_dict(given_to(folder)) | {"out": options.out}
+    loop, usual = options.loop, TrainOptions().loop
+    if any(getattr(loop, name) is not None for name in LONG) or loop.tokens_per_param != usual.tokens_per_param:
+        given["loop"] |= dict.fromkeys(LONG)
+    return given
+
+
+def given_to(folder: Path) -> TrainOptions:
+    """The options that the run in `folder` was given."""
+    given = folder / "given.toml"
+    return base_config.load_toml(TrainOptions, given if given.exists() else folder / "config.toml")
+
+
+def claim(options: TrainOptions, folder: Path) -> TrainOptions:
+    """Refuse to write over another run; on going on, fill in what the run keeps (see above)."""
+    before = folder / "config.toml"
+    if options.resume == "newest" and not before.exists():
+        raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
+    if options.resume == "never" and before.exists():
+        raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
+    if not before.exists():
+        return options
+    saved, given, loop = base_config.load_toml(TrainOptions, before), given_to(folder), options.loop
+    if loop.minutes is not None and loop.minutes == given.loop.minutes:
+        loop = replace(loop, minutes=None, steps=saved.loop.steps)
+    if loop.precision == "auto":
+        loop = replace(loop, precision=saved.loop.precision)
+    if loop.batch is None:
+        loop = replace(loop, batch=saved.loop.batch)
+    then, now = saved.model.start, options.model.start
+    if then != now and (then is None or now is None or Path(then).exists()):
+        raise UserError(f"{folder} started from {then or 'random weights'}, not from {now or 'random weights'}; leave "
+                        "out model.start to go on with it, or start another run with another --out")
+    if now is not None and not Path(now).exists():
+        raise UserError(f"{now}, the model that {folder} started from, is gone; put it back, or name the place that "
+                        "it was moved to (--model.start PLACE)")
+    return replace(options, loop=loop)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to the run as long as this one lives."""
+    if not dist.is_main():
+        yield
+        return
+    made, about = not folder.exists(), {}
+    with contextlib.suppress(UserError):          # it is only for the message
+        about = read_json(folder / "run.json", {"process": int})
+    busy = (f"{folder} is being written by another process (number {about.get('process', 'unknown')}); end it first, "
+            "or choose another folder (--out NAME)")
+    with locked(folder / ".lock", wait_s=0, busy=busy):
+        try:
+            yield
+        finally:
+            if made and [p.name for p in folder.iterdir()] == [".lock"]:         # refused before anything was written
+                shutil.rmtree(folder)
+
+
+def say_changes(options: TrainOptions, folder: Path, step: int) -> None:
+    """A line for every option that is not what it was, and for a learning rate that jumps at this step."""
+    saved = base_config.load_toml(TrainOptions, folder / "config.toml")
+    for name, (then, now) in base_config.diff(replace(saved, out=options.out, resume=options.resume), options).items():
+        say(f"changed    {name}: {then} then, {now} now")
+    then, now = (learning_rate(o.schedule, peak=o.optim.lr, steps=o.loop.steps)(min(step, o.loop.steps - 1))
+                 for o in (saved, options))
+    if abs(then - now) > 0.01 * max(then, now):
+        say(f"changed    the learning rate at step {step}: {then:.3g} then, {now:.3g} now")
+
+
+def open_run(options: TrainOptions, given: TrainOptions, resumed: Path | None) -> list:
+    """Record what this run is, and open its log; on resuming, log lines after the checkpoint are taken back."""
+    folder = make_folder(options.out)
+    for name, said in (("given", given), ("config", options)):
+        write_text(folder / f"{name}.toml", base_config.to_toml(replace(said, resume="never")))
+    write_json(folder / "run.json", {
+        "command": shlex.join(["mindseed", *sys.argv[1:]]), "version": __version__, "commit": commit(),
+        "process": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(),
+        "world_size": dist.world_size()})
+    log = folder / "log.jsonl"
+    if log.exists():
+        step = int(resumed.name.split("-")[1]) if resumed else -1
+        kept = [row for row in read_jsonl(log) if row["step"] <= step]
+        write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    return open_sinks(options.trackers, folder, base_config.to_dict(options), folder.name)
+
+
+def commit() -> str | None:
+    """The commit of the package's own checkout, with `+` if it has changes; None outside a checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,226 @@
+"""Going on with a run: what holds, what is derived anew, what is refused, and what a damaged folder gets."""
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindseed.base.config import load_toml, parse
+from mindseed.base.errors import UserError
+from mindseed.base.files import write_json
+from mindseed.cli import main
+from mindseed.data import pack
+from mindseed.data.prepare import prepare
+from mindseed.data.shards import Prepared
+from mindseed.recipes import run_folder
+from mindseed.recipes.options import TrainOptions, derive
+from mindseed.recipes.run_folder import claim, given_to
+from mindseed.tokenizers.byte import Byte
+from mindseed.train.state import Checkpoints
+from tests.tiny import Fixed, random_batch, tiny_model
+from tests.test_train import make_run
+
+SHAPE = """--model.layers 1 --model.dim 16 --model.heads 2 --model.kv_heads 1 --model.head_dim 8 --model.ffn_dim 16
+--device cpu --data.seq_len 32""".split()
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    rows = [{"text": f"the number {i} and what follows it, {i + 1}"} for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([tmp_path / "texts.jsonl"], tmp_path / "texts", Byte())
+    return tmp_path / "texts"
+
+
+@pytest.fixture
+def go(texts, tmp_path, capsys):
+    """Run `mindseed train` and return what it said on both streams."""
+    def run(*words, code: int = 0, data: bool = True) -> str:
+        some = ["--data.train", str(texts), *SHAPE] if data else ["--device", "cpu"]
+        capsys.readouterr()
+        assert main(["train", "--out", str(tmp_path / "run"), *some, *map(str, words)]) == code
+        said = "".join(capsys.readouterr())
+        assert "Traceback" not in said
+        return said
+    return run
+
+
+def kept(folder: Path) -> TrainOptions:
+    return load_toml(TrainOptions, folder / "config.toml")
+
+
+def test_a_longer_run_has_the_intervals_of_its_length(go, tmp_path):
+    go("--loop.steps", 20, "--loop.batch", 4)
+    assert (kept(tmp_path / "run").loop.validate_every, kept(tmp_path / "run").loop.sample_every) == (2, 5)
+    said = go("--resume", "--loop.steps", 40, data=False)
+    now = kept(tmp_path / "run").loop
+    assert (now.validate_every, now.sample_every, now.save_every, now.batch) == (4, 10, 4, 4)
+    assert "loop.validate_every: 2 then, 4 now" in said
+    assert given_to(tmp_path / "run").loop.validate_every is None and given_to(tmp_path / "run").loop.steps == 40
+
+
+def test_a_rate_that_jumps_is_said(go):
+    go("--loop.steps", 10, "--optim.lr", 0.01, "--schedule.warmup_steps", 1)
+    said = go("--resume", "--loop.steps", 100, data=False)
+    assert "the learning rate at step 10: 0.00278 then, 0.01 now" in said
+    assert "learning rate at" not in go("--resume", "--loop.steps", 100, "--loop.keep", 3, data=False)
+
+
+@pytest.mark.parametrize("flag,value", [("--loop.epochs", 3), ("--loop.tokens_per_param", 0.5),
+                                        ("--loop.minutes", 0.01)])
+def test_how_long_may_be_said_anew_in_other_words(go, tmp_path, flag, value, monkeypatch):
+    monkeypatch.setattr("mindseed.recipes.train.steps_for_minutes", lambda run, minutes: 33)
+    go("--loop.steps", 3, "--loop.batch", 4)
+    said = go("--resume", flag, value, data=False)
+    steps = kept(tmp_path / "run").loop.steps
+    assert steps > 3 and f"loop.steps: 3 then, {steps} now" in said and "no effect" not in said
+    if flag == "--loop.minutes":
+        assert steps == 33
+        monkeypatch.setattr("mindseed.recipes.train.steps_for_minutes", lambda run, minutes: 1 / 0)
+        assert "nothing is left to do" in go("--resume", flag, value, data=False)     # not timed again
+        assert "nothing is left to do" in go("--resume", data=False)
+
+
+def test_tokens_per_param_given_once_is_no_warning_later(go):
+    go("--loop.tokens_per_param", 0.2)
+    assert "no effect" not in go("--resume", data=False)
+
+
+def test_another_number_of_ranks_cuts_the_batch_otherwise(go, tmp_path, monkeypatch):
+    go("--loop.steps", 2, "--data.seq_len", 512)
+    before = kept(tmp_path / "run").loop
+    assert (before.batch, before.micro_batch) == (32, 8)
+    options = parse(TrainOptions, ["--out", str(tmp_path / "run"), "--resume"], under=run_folder.options_of_run)
+    for world, micro in ((2, 8), (8, 4), (32, 1)):
+        derived = derive(claim(options, tmp_path / "run"), dim=16, params=1000, rows_per_epoch=10, world=world)
+        assert (derived.loop.batch, derived.loop.micro_batch) == (32, micro)
+    with pytest.raises(UserError, match="multiple"):
+        derive(claim(options, tmp_path / "run"), dim=16, params=1000, rows_per_epoch=10, world=3)
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(go, tmp_path, monkeypatch):
+    go("--loop.steps", 2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run").rename(tmp_path / "runs" / "train")                # the folder that is meant if none is named
+    assert main(["train", "--resume", "--loop.steps", "4", "--device", "cpu"]) == 0
+    assert not (tmp_path / "run").exists() and kept(tmp_path / "runs" / "train").loop.steps == 4
+
+
+def test_another_start_is_refused_unless_it_was_only_moved(go, tmp_path):
+    go("--loop.steps", 2)
+    start = shutil.copytree(tmp_path / "run" / "model", tmp_path / "start")
+    assert "not from" in go("--resume", "--init", start, code=2, data=False)
+    shutil.rmtree(tmp_path / "run")
+    words = ["--data.train", tmp_path / "texts", "--data.seq_len", 32]
+    go("--init", start, "--loop.steps", 2, *words, data=False)
+    other = shutil.copytree(start, tmp_path / "other")
+    assert f"started from {start}, not from {other}" in go("--resume", "--loop.steps", 3, "--init", other, code=2,
+                                                           data=False)
+    shutil.rmtree(start)
+    said = go("--resume", "--loop.steps", 3, code=2, data=False)
+    assert "--model.start" in said and str(start) in said
+    go("--resume", "--loop.steps", 3, "--init", other, data=False)
+    assert given_to(tmp_path / "run").model.start == str(other)
+
+
+@pytest.mark.parametrize("name", ["given.toml", "config.toml"])
+@pytest.mark.parametrize("text", ["loop = 3", "nonsense = 1", "[", "", "[loop]\nsteps = 'many'"])
+def test_damaged_options_of_a_run(go, tmp_path, name, text):
+    go("--loop.steps", 2)
+    (tmp_path / "run" / name).write_text(text)
+    if text:                                                             # an empty file means the defaults
+        assert name in go("--resume", "--loop.steps", 4, code=2, data=False)
+
+
+def test_a_damaged_run_json_costs_nothing(go, tmp_path):
+    go("--loop.steps", 2)
+    (tmp_path / "run" / "run.json").write_text("{")
+    go("--resume", "--loop.steps", 3, data=False)
+
+
+def test_a_refused_start_leaves_no_folder_and_removes_none(go, tmp_path):
+    wrong = ["--loop.steps", 2, "--model.head_dim", 7]
+    go(*wrong, code=2)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    go(*wrong, code=2)
+    assert (tmp_path / "run").is_dir()
+    (tmp_path / "run" / ".lock").unlink(missing_ok=True)
+    (tmp_path / "run").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    go(*wrong, code=2)
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "elsewhere").is_dir()
+
+
+# ------------------------------------------------------------------------------------------------ kept packing plans
+
+def planned(folder: Path) -> pack.Plan:
+    return pack.plan(Prepared(folder).split("train"), 32)
+
+
+def test_a_finished_plan_needs_no_lock(texts, monkeypatch):
+    first = planned(texts)
+    monkeypatch.setattr(pack, "locked", lambda path: 1 / 0)
+    assert np.array_equal(planned(texts).segments, first.segments)
+
+
+def test_a_plan_that_may_not_be_written_is_made_in_memory(texts, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pack, "locked", refuse)
+    made = planned(texts)
+    assert made.mapped is None and not list((texts / "train").glob("plans/best*"))
+    monkeypatch.undo()
+    assert np.array_equal(planned(texts).segments, made.segments)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "plan.safetensors").unlink(),
+    lambda folder: (folder / "plan.safetensors").write_bytes((folder / "plan.safetensors").read_bytes()[:-3]),
+    lambda folder: (folder / "stats.json").write_text("{"),
+    lambda folder: folder.rename(folder.with_name(f".{folder.name}.old"))])
+def test_a_damaged_plan_is_made_again(texts, damage):
+    first = planned(texts)
+    damage(next(texts.rglob("plan.safetensors")).parent)
+    again = planned(texts)
+    assert again.mapped is not None and np.array_equal(again.segments, first.segments)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+def saved_at(folder: Path, *steps: int, scores: tuple = ()) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep=3, fingerprints={})
+    run = make_run(tiny_model(), Fixed([random_batch(2, 8)]))
+    for step, score in zip(steps, scores or [None] * len(steps)):
+        run.step = step
+        checkpoints.save(run, None, score=score)
+    return checkpoints
+
+
+def test_a_checkpoint_whose_list_lacks_its_file_is_passed_over(tmp_path, capsys):
+    checkpoints = saved_at(tmp_path, 1, 2)
+    about = tmp_path / "step-00000002" / "checkpoint.json"
+    write_json(about, json.loads(about.read_text()) | {"files": {}})
+    assert checkpoints.newest()[0].name == "step-00000001" and "lists no trainer.pt" in capsys.readouterr().out
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
+    checkpoints = saved_at(tmp_path, 1, 2, 3, scores=(math.nan, 2.0, math.inf))
+    assert checkpoints.best_of_run() == {"checkpoint": "step-00000002", "score": 2.0}
+    (tmp_path / "best.json").write_text('{"checkpoint": "step-00000001", "score": NaN}')
+    again = Checkpoints(tmp_path, keep=3, fingerprints={})
+    again.newest()
+    assert again.best is None
+
+
+def test_a_checkpoint_moved_aside_by_a_kill_is_found(tmp_path):
+    saved_at(tmp_path, 1, 2)
+    (tmp_path / "step-00000002").rename(tmp_path / ".step-00000002.old")
+    assert Checkpoints(tmp_path, keep=3, fingerprints={}).newest()[0].name == "step-00000002"
