@@ -16,7 +16,7 @@ from mindseed.models.lm import build
 from mindseed.models.presets import PRESETS, Shape
 from mindseed.models.upcycle import upcycle
 from mindseed.nn.ffn import SwiGLUConfig
-from mindseed.nn.grouped import Combine, Dispatch, GroupedProduct
+from mindseed.nn.grouped import Combine, Dispatch, GroupedSwiGLU, grouped_swiglu
 from mindseed.nn.moe import MoE, MoEConfig
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
@@ -80,9 +80,10 @@ def test_sorted_experts_equal_a_loop_over_tokens(config):
 def test_hand_written_gradients():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 2, 3, generator=g, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, w: GroupedProduct.apply(x, w, [2, 0, 3, 0], x.dtype, x.dtype), (x, weight))
+    gate, up, down = (torch.randn(4, *shape, generator=g, dtype=torch.float64, requires_grad=True)
+                      for shape in ((2, 3), (2, 3), (3, 2)))
+    assert torch.autograd.gradcheck(lambda *given: GroupedSwiGLU.apply(
+        *given, [2, 0, 3, 0], torch.float64, torch.float64, True), (x, gate, up, down))
     order = torch.tensor([3, 0, 4, 1, 5, 2])
     place = order.argsort()
     tokens = torch.randn(3, 4, generator=g, dtype=torch.float64, requires_grad=True)
@@ -90,6 +91,29 @@ def test_hand_written_gradients():
     weights = torch.randn(3, 2, generator=g, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, order // 2, place), tokens)
     assert torch.autograd.gradcheck(lambda h, w: Combine.apply(h, w, order // 2, order, place), (h, weights))
+
+
+@pytest.mark.parametrize("keep,dtype", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_narrow_experts_are_close_to_wide_ones(keep, dtype):
+    """Rows kept in bfloat16, products in it or in float32: within its rounding of float64, forward and gradients."""
+    weights = [torch.randn(4, *shape) * 0.2 for shape in ((24, 16), (24, 16), (16, 24))]
+    x, pull, counts = torch.randn(30, 16), torch.randn(30, 16), [11, 0, 12, 7]
+    results = []
+    for kinds in ((keep, dtype), (torch.float64, torch.float64)):
+        kind = torch.float64 if kinds[0] == torch.float64 else torch.float32
+        leaves = [t.to(kind).requires_grad_() for t in (x, *weights)]
+        y = GroupedSwiGLU.apply(*leaves, counts, *kinds, True)
+        results.append([y, *torch.autograd.grad((y.to(kind) * pull.to(kind)).sum(), leaves)])
+    for got, want in zip(*results):
+        assert (got.double() - want).norm() < 0.012 * want.norm()
+
+
+def test_experts_that_only_infer_keep_nothing():
+    weights = [torch.randn(4, *shape, requires_grad=True) for shape in ((6, 5), (6, 5), (5, 6))]
+    x, counts = torch.randn(9, 5), torch.tensor([4, 0, 5, 0])
+    learned = grouped_swiglu(x, *weights, counts)
+    with torch.no_grad():
+        assert torch.equal(grouped_swiglu(x, *weights, counts), learned)
 
 
 def test_the_language_model_loss_reaches_the_router_of_every_setting_that_may_be_trained(config):

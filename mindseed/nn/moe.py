@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindseed.nn.balance import Load, balance_per_token
-from mindseed.nn.ffn import SwiGLU, SwiGLUConfig, gated
-from mindseed.nn.grouped import Combine, Dispatch, grouped_product
+from mindseed.nn.ffn import SwiGLU, SwiGLUConfig
+from mindseed.nn.grouped import Combine, Dispatch, grouped_swiglu
 from mindseed.nn.linear import Linear, Role
 
 
@@ -73,16 +73,12 @@ class MoEConfig:
 
 
 class ExpertLinear(nn.Module):
-    """The same Linear of every expert, stacked: weight (E, out, in)."""
+    """The same Linear of every expert, stacked: weight (E, out, in). What multiplies with it is in grouped.py."""
 
     def __init__(self, experts: int, in_dim: int, out_dim: int, *, role: Role) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_dim, in_dim))
         self.in_features, self.role = in_dim, role
-
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x (M, in), sorted by expert, `counts` (E,) rows each -> (M, out)."""
-        return grouped_product(x, self.weight, counts)
 
 
 class MoE(nn.Module):
@@ -145,7 +141,7 @@ class MoE(nn.Module):
         place[order] = torch.arange(len(order), device=order.device)              # where each visit was put
         token = order.div(chosen.shape[1], rounding_mode="floor")
         h = Dispatch.apply(x, token, place)                                       # (N k, D)
-        h = self.down(gated(self.gate(h, counts), self.up(h, counts)), counts)
+        h = grouped_swiglu(h, self.gate.weight, self.up.weight, self.down.weight, counts)
         return Combine.apply(h, weights, token, order, place)
 
     def auxiliary(self, logits: Tensor, shares: Tensor, chosen: Tensor, counts: Tensor) -> dict[str, Tensor]:

@@ -66,10 +66,10 @@ def mlp_activations(dim: int, c: MLPConfig, a: int) -> int:
 
 
 def moe_activations(dim: int, c: MoEConfig, a: int) -> int:
-    """Bytes per token: the input and the router's copy of it, scores; per visit the input, gate, up, their product,
-    the answer, and where it was sorted to."""
+    """Bytes per token: the input and the router's copy of it, scores; per visit the input, gate, up, the answer, and
+    where it was sorted to."""
     router = (dim * WIDE if a < WIDE else 0) + c.experts * WIDE
-    visit = (2 * dim + 3 * c.expert_dim) * a + 3 * 8 + 2 * WIDE
+    visit = (2 * dim + 2 * c.expert_dim) * a + 3 * 8 + 2 * WIDE
     return (dim + 3 * c.shared_dim) * a + router + c.top_k * visit
 
 
