@@ -267,3 +267,15 @@ def test_layers_may_differ():
     layers = shape.lm_config(vocab_size=9, seq_len=9).layers
     assert [type(layer.ffn) for layer in layers] == [SwiGLUConfig, MoEConfig, MoEConfig]
     assert isinstance(layers[0], LayerConfig)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_experts_multiply_in_the_dtype_in_which_dense_layers_do(monkeypatch, fast):
+    """Under bf16 autocast on a CPU: float32 where bf16 products are slow, although the rows come in bf16."""
+    seen = []
+    monkeypatch.setattr("mindseed.nn.linear.fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(GroupedSwiGLU, "apply", lambda x, *rest: seen.append((x.dtype, *rest[-3:])) or x)
+    weights = [torch.randn(2, *shape) for shape in ((6, 5), (6, 5), (5, 6))]
+    with torch.autocast("cpu", torch.bfloat16):
+        grouped_swiglu(torch.randn(4, 5).bfloat16(), *weights, torch.tensor([3, 1]))
+    assert seen == [(torch.bfloat16, torch.bfloat16, torch.bfloat16 if fast else torch.float32, True)]

@@ -27,8 +27,9 @@ def grouped_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Te
         ends = counts.cumsum(0).to(torch.int32)
         product = lambda x, w: F.grouped_mm(x.to(keep), w.to(keep).mT, offs=ends)              # noqa: E731
         return product(gated(product(x, gate), product(x, up)), down)
+    dtype = product_dtype(x)                      # asked before autocast is off
     with torch.autocast(kind, enabled=False):
-        return GroupedSwiGLU.apply(x, gate, up, down, counts.tolist(), keep, product_dtype(x), torch.is_grad_enabled())
+        return GroupedSwiGLU.apply(x, gate, up, down, counts.tolist(), keep, dtype, torch.is_grad_enabled())
 
 
 class GroupedSwiGLU(torch.autograd.Function):
