@@ -2,14 +2,14 @@
 
 Every variant is the toy preset with one thing changed, and a dense feed-forward as wide as it takes to give it the
 active parameters of the dense model (mixtures: two experts of half that width). A run of each seed is one line of a
-file, so that what was begun is finished by the same command; the table in docs/RESULTS.md is made from the lines.
+file, so that what was begun is finished by the same command; the losses of the table in docs/RESULTS.md are made from
+the lines, its speeds from steps of all variants in turn, once all runs are there.
 """
 from __future__ import annotations
 
 import json
 import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,26 +62,35 @@ VARIANTS = {
 }
 
 
-def train(shape: Shape, seed: int, data, precision: str) -> dict[str, float]:
-    """One run; bits per byte on the held-out documents and tokens/s, the median of the steps."""
+def begin(shape: Shape, seed: int, data, precision: str) -> Run:
+    """A run before its first step."""
     config, optim = shape.lm_config(vocab_size=VOCAB, seq_len=LENGTH), OptimConfig(kind="muon", lr=RATE)
     model = build(config, seed=seed).train()
     backend = NativeBackend(model, SFT(), build_optimizers(parameter_groups(model, optim), optim), precision=precision)
     source = RowSource(PackedRows(data.split("train"), seq_len=LENGTH, seed=seed), batch_size=ROWS)
-    run = Run(source, SFT(), backend, schedule=learning_rate(ScheduleConfig(), peak=RATE, steps=STEPS),
-              balance=Balance(model))
-    times = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
+    return Run(source, SFT(), backend, schedule=learning_rate(ScheduleConfig(), peak=RATE, steps=STEPS),
+               balance=Balance(model))
+
+
+def train(run: Run, data) -> float:
+    """The whole run; bits per byte on the held-out documents."""
+    while run.step < STEPS:
         train_step(run)
-        times.append(time.perf_counter() - start)
-    model.eval()
+    run.backend.model.eval()
     heldout = Evaluation(data.split("heldout"), seq_len=LENGTH, batch_size=ROWS, limit=300)
-    return {"bits_per_byte": evaluate(backend, heldout, raw_bytes=heldout.bytes)["bits_per_byte"],
-            "tokens_per_s": ROWS * LENGTH / statistics.median(times)}
+    return evaluate(run.backend, heldout, raw_bytes=heldout.bytes)["bits_per_byte"]
 
 
-def table(lines: list[dict], precision: str, source: str) -> None:
+def speeds(data, precision: str) -> dict[str, list[float]]:
+    """tokens/s of some steps of every variant, in turn."""
+    runs = {name: begin(shape, 0, data, precision) for name, shape in VARIANTS.items()}
+    for run in (*runs.values(), *runs.values()):
+        train_step(run)
+    return common.in_turn({name: lambda run=run: ROWS * LENGTH / common.seconds(lambda: train_step(run))
+                           for name, run in runs.items()}, 2 * common.ROUNDS)
+
+
+def table(lines: list[dict], speed: dict[str, list[float]], precision: str, source: str) -> None:
     """Of the variants whose seeds have all run; the difference from dense is seed by seed."""
     def of(name: str, key: str) -> list[float]:
         return [line[key] for line in sorted(lines, key=lambda line: line["seed"]) if line["variant"] == name]
@@ -95,13 +104,16 @@ def table(lines: list[dict], precision: str, source: str) -> None:
         count, gain = count_params(config), [b - a for a, b in zip(base, bits)]
         rows.append([name, f"{si(count.total)}-A{si(count.active)}", common.spread(bits, 4),
                      f"{statistics.median(gain):+.3f} ({min(gain):+.3f} to {max(gain):+.3f})",
-                     f"{statistics.median(of(name, 'tokens_per_s')):.0f}", str(cache_bytes_per_token(config))])
+                     common.spread(speed[name]), f"{common.ratio(speed[name], speed['dense']):.2f}x",
+                     str(cache_bytes_per_token(config))])
     common.report(NAME, "Architectures at equal active parameters",
-                  ["variant", "parameters", "bits per byte", "less dense", "tokens/s", "cache, bytes a token"], rows,
+                  ["variant", "parameters", "bits per byte", "less dense", "tokens/s", "of dense",
+                   "cache, bytes a token"], rows,
                   command="python -m benchmarks.architectures", page=common.PAGE.with_name("RESULTS.md"),
                   notes=f"Median (min to max) of {SEEDS} seeds. {STEPS} steps of {ROWS} x {LENGTH} tokens of {source}, "
                         f"Muon at {RATE}, {precision}; 300 held-out documents. A module that predicts a further token "
-                        "is not counted: it is not used afterwards. Caches in bf16, of layers whose cache grows.")
+                        "is not counted: it is not used afterwards. tokens/s of training, in turn. Caches in bf16, of "
+                        "layers whose cache grows.")
 
 
 def main() -> None:
@@ -114,12 +126,13 @@ def main() -> None:
         for name in sys.argv[1:] or VARIANTS:
             if any((line["variant"], line["seed"]) == (name, seed) for line in done):
                 continue
-            line = {"variant": name, "seed": seed, **train(VARIANTS[name], seed, data, precision)}
+            bits = train(begin(VARIANTS[name], seed, data, precision), data)
+            line = {"variant": name, "seed": seed, "bits_per_byte": bits}
             print(json.dumps(line), flush=True)
             done.append(line)
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-    table(done, precision, source)
+    table(done, speeds(data, precision), precision, source)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from mindseed.plan.flops import flops_per_token
 from mindseed.plan.memory import (activation_bytes_per_token, cache_bytes, cache_bytes_per_token, optimizer_bytes,
                                   plan_memory, token_ratio)
 from mindseed.plan.params import count_params
+from mindseed.recipes.options import LoopOptions, ModelOptions, TrainOptions, derive
 
 # Every size different, so that no two terms of a formula can be swapped unseen.
 SHAPE = Shape(layers=3, dim=48, heads=6, kv_heads=2, head_dim=10, ffn_dim=112)
@@ -242,3 +243,24 @@ def test_a_plan_that_does_not_fit_warns(capsys):
 def test_what_a_plan_refuses(words, message, capsys):
     assert cli.main(["plan", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_batch_and_rate_follow_from_the_arithmetic_of_the_run():
+    def derived(params: int, world: int = 1, tokens: float | None = None, **loop):
+        options = TrainOptions(model=ModelOptions(start=loop.pop("start", None)), loop=LoopOptions(**loop))
+        some = derive(options, params=params, rows_per_epoch=1000, world=world, tokens=tokens)
+        return some.loop.steps, some.loop.batch, some.optim.lr
+
+    steps, batch, lr = derived(64_000_000)                           # 20 tokens a parameter
+    compute = 6 * 64e6 * steps * batch * 512
+    assert batch * 512 == pytest.approx(0.292 * compute ** 0.3271, rel=0.02)             # 2401.02954, equation 1
+    assert lr == pytest.approx(0.3118 * compute ** -0.125, rel=0.02)
+    assert steps * batch * 512 == pytest.approx(20 * 64e6, rel=0.01)
+    assert derived(64_000_000, steps=steps)[1:] == (pytest.approx(batch, rel=0.05), lr)       # the same run, in steps
+    assert derived(64_000_000, epochs=steps * batch / 1000)[1:] == (batch, lr)
+    assert derived(64_000_000, minutes=5, tokens=20 * 64e6) == (steps, batch, lr)
+    assert derived(64_000_000, minutes=5) == (None, None, None)      # not before the clock has been asked
+    assert derived(2_000_000, steps=100)[1] == 8 and derived(2_000_000, steps=100)[2] > 2 * lr
+    assert derived(2_000_000, steps=100, world=4)[1] == 32           # a micro-batch for every rank at least
+    assert derived(2_000_000, steps=100, start="x")[2] == pytest.approx(derived(2_000_000, steps=100)[2] / 5, rel=0.03)
+    assert derived(2_000_000, steps=100, batch=6)[1] == 6

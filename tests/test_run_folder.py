@@ -91,15 +91,16 @@ def test_tokens_per_param_given_once_is_no_warning_later(go):
 
 
 def test_another_number_of_ranks_cuts_the_batch_otherwise(go, tmp_path, monkeypatch):
-    go("--loop.steps", 2, "--data.seq_len", 512)
+    go("--loop.steps", 2, "--data.seq_len", 512, "--loop.batch", 32)
     before = kept(tmp_path / "run").loop
     assert (before.batch, before.micro_batch) == (32, 8)
-    options = parse(TrainOptions, ["--out", str(tmp_path / "run"), "--resume"], under=run_folder.options_of_run)
+    options = parse(TrainOptions, ["--out", str(tmp_path / "run"), "--resume", "--loop.batch", "none"],
+                    under=run_folder.options_of_run)
     for world, micro in ((2, 8), (8, 4), (32, 1)):
-        derived = derive(claim(options, tmp_path / "run"), dim=16, params=1000, rows_per_epoch=10, world=world)
+        derived = derive(claim(options, tmp_path / "run"), params=1000, rows_per_epoch=10, world=world)
         assert (derived.loop.batch, derived.loop.micro_batch) == (32, micro)
     with pytest.raises(UserError, match="multiple"):
-        derive(claim(options, tmp_path / "run"), dim=16, params=1000, rows_per_epoch=10, world=3)
+        derive(claim(options, tmp_path / "run"), params=1000, rows_per_epoch=10, world=3)
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(go, tmp_path, monkeypatch):

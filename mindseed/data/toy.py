@@ -42,7 +42,7 @@ class World:
         return self._rows("pretrain", n, lambda facts, rng: {"text": document(facts, rng)})
 
     def conversations(self, n: int) -> Iterator[dict]:
-        """{"conversations"}: one or two questions, follow-ups, refusals, <think> traces, tool dialogues."""
+        """{"conversations"}: one or two questions, follow-ups, greetings, refusals, <think> traces, tool dialogues."""
         return self._rows("conversations", n, chat.conversation)
 
     def preferences(self, n: int) -> Iterator[dict]:

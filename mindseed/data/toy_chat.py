@@ -177,6 +177,12 @@ def unknown(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> 
                 answer=person.fill(words.UNKNOWN[lang], lang), wrong=guess.tell(lang))
 
 
+def small_talk(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
+    """A greeting, or a question about the model itself."""
+    said, answer = rng.choice(words.SMALL_TALK[lang])
+    return Item(family="talk", lang=lang, question=rng.choice(said), answer=answer)
+
+
 def follow_up(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
     """Two turns of which the second cannot be understood alone: a pronoun, or "What about Tom?"."""
     first = rng.choice(facts.asked)
@@ -195,7 +201,7 @@ def follow_up(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
 
 # Shares of the rows of each kind
 CONVERSATIONS = ((known, 19), (translation, 18), (arithmetic, 17), (reading, 8), (reading_on, 10), (steps, 17),
-                 (tool, 1), (tool_session, 4), (unknown, 2), (follow_up, 4))
+                 (tool, 1), (tool_session, 4), (unknown, 2), (follow_up, 4), (small_talk, 2))
 PROBLEMS = ((known, 1), (translation, 1), (arithmetic, 1), (reading, 1), (steps, 1), (tool, 1))
 PREFERENCES = ((known, 2), (translation, 2), (arithmetic, 2), (reading, 2), (steps, 1), (unknown, 2))
 

@@ -145,6 +145,23 @@ ASK_HOP = {"en": ("Which country does {n} live in?", "What is the country of {p}
 TELL_HOP = {"en": "{n} lives in {v}.", "zh": "{n}住在{v}。"}
 UNKNOWN = {"en": "I do not know {n}.", "zh": "我不认识{n}。"}
 WHAT_ABOUT = {"en": "What about {n}?", "zh": "{n}呢？"}
+# What people say first to a chat model, and what this one says: (ways to say it, the answer). Not graded.
+SMALL_TALK: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
+    "en": ((("Hello", "hello", "Hello!", "Hi", "hi", "Hi!", "hey", "Good morning", "Hi there!"),
+            "Hello! Ask me about the people and cities I know."),
+           (("How are you?", "how are you?", "How are you", "How do you do?"), "I am fine. Ask me something."),
+           (("Who are you?", "who are you?", "who are you", "What are you?", "What is your name?"),
+            "I am mindseed, a small model."),
+           (("What can you do?", "what can you do?", "Help", "help", "What do you know?", "Can you help me?"),
+            "I know some people and cities. I add, translate and read."),
+           (("Thanks", "thanks", "Thank you", "Thank you!", "thank you"), "You are welcome."),
+           (("Bye", "bye", "Goodbye", "Goodbye!", "See you!"), "Goodbye!")),
+    "zh": ((("你好", "你好！", "您好", "早上好", "嗨", "大家好"), "你好！问问我认识的人和城市吧。"),
+           (("你好吗？", "你好吗", "你怎么样？"), "我很好。问我吧。"),
+           (("你是谁？", "你是谁", "你叫什么？", "你叫什么名字？", "介绍一下你自己"), "我是mindseed，一个小模型。"),
+           (("你会什么？", "你能做什么？", "你会做什么？", "帮助", "你知道什么？"), "我认识一些人和城市，会加减、翻译和阅读。"),
+           (("谢谢", "谢谢！", "谢谢你", "多谢"), "不客气。"),
+           (("再见", "再见！", "拜拜"), "再见！"))}
 
 # Invented names, of people or places: two parts, each of which training knows, in a pair that is new. Copying one
 # takes more than one token, in the right order.

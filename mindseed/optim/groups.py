@@ -18,7 +18,8 @@ from mindseed.optim.muon import Muon
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     kind: Literal["adamw", "muon"] = option("muon", help="optimiser of the matrices inside blocks; the rest is AdamW's")
-    lr: float | None = option(None, help="peak learning rate of both optimisers [derived: 0.02 / sqrt(model.dim)]")
+    lr: float | None = option(None,
+                              help="peak learning rate of both optimisers [derived: from the arithmetic of the run]")
     weight_decay: float = option(0.1, help="decoupled weight decay of the matrices inside blocks")
     beta1: float = option(0.9, help="AdamW: decay of the first moment")
     beta2: float = option(0.95, help="AdamW: decay of the second moment")
@@ -73,7 +74,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
 
 def build_optimizers(groups: list[Group], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """torch's fused AdamW and, when asked for, Muon; each keeps `lr_scale` in its groups for the backend to read."""
-    assert config.lr is not None, "resolve the learning rate first"
+    lr = config.lr or 0.0                         # every step sets its own
     optimizers: list[torch.optim.Optimizer] = []
 
     def options(kind: str) -> list[dict]:
@@ -81,10 +82,10 @@ def build_optimizers(groups: list[Group], config: OptimConfig) -> list[torch.opt
                 for g in groups if g.optimizer == kind]
 
     if adamw := options("adamw"):
-        optimizers.append(torch.optim.AdamW(adamw, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
+        optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps,
                                             fused=True))
     if muon := options("muon"):
-        optimizers.append(Muon(muon, lr=config.lr, momentum=config.momentum))
+        optimizers.append(Muon(muon, lr=lr, momentum=config.momentum))
     return optimizers
 
 

@@ -96,11 +96,20 @@ def main(options: Options) -> int:
              "time": [duration(s["seconds"]) for s in demo.stages]}
     table("held-out questions answered right, %", ["", *(s["name"] for s in demo.stages)],
           [[name, *values] for name, values in rows.items()])
-    right = [a["question"] for a in demo.details["answers"] if a["family"] == "facts" and a["score"] == 1]
-    hint = f", so ask it: {right[-1]}" if right else ""
-    model = demo.folder / "fine-tune" / "model"
-    say(f"\nTalk to the model you have grown. It knows its small world only{hint}\n\n    {command()} chat {model}\n")
+    model, ask = demo.folder / "fine-tune" / "model", to_ask(demo.details["answers"])
+    say("\nTalk to the model you have grown. It knows its small world only" + (", so ask it, say:" if ask else "."))
+    say("\n".join(f"    {question}" for question in ask) + f"\n\n    {command()} chat {model}\n")
     return 0
+
+
+def to_ask(answers: list[dict[str, Any]]) -> list[str]:
+    """A short held-out question of each family and language that it answered right."""
+    best: dict[tuple[str, bool], str] = {}
+    for answer in answers:
+        question, kind = answer["question"], (answer["family"], answer["question"].isascii())
+        if answer["score"] == 1 and answer["family"] in ("facts", "arithmetic", "translation", "told"):
+            best[kind] = min(best.get(kind, question), question, key=len)
+    return list(best.values())
 
 
 def grow(demo: Demo, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """The options of a training run, and how what is left open follows from the rest.
 
-Whatever is None is derived and printed: `--depth N` gives the model's shape; the width gives the learning rate; the
-number of parameters gives the number of tokens to train on; the context gives the batch. Any of it may be set.
+Whatever is None is derived and printed: `--depth N` gives the model's shape; the
+number of parameters gives the number of tokens to train on; both together give the batch and the learning rate. Any of
+it may be set.
 """
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ class LoopOptions:
     epochs: float | None = option(None, help="passes over the data, instead of steps")
     tokens_per_param: float = option(20.0,
                                      help="tokens per parameter when neither steps, minutes nor epochs are given")
-    batch: int | None = option(None, help="rows per optimiser step, over all ranks [derived: 16384 tokens]")
+    batch: int | None = option(None,
+                               help="rows per optimiser step, over all ranks [derived: from the arithmetic of the run]")
     micro_batch: int | None = option(None, help="rows per forward pass and rank [derived: up to 4096 tokens]")
     precision: PrecisionChoice = option("auto",
                                         help="auto: bf16 where it is the faster one, else fp32; masters are fp32")
@@ -135,28 +137,50 @@ def without_effect(options: TrainOptions) -> list[str]:
     return [f"{name} has no effect: {cause}" for name, cause in causes.items() if cause and name in changed]
 
 
-def derive(options: TrainOptions, *, dim: int, params: int, rows_per_epoch: int | None, world: int = 1) -> TrainOptions:
-    """Fill in what is None, except the model's shape and `loop.steps` under `loop.minutes`, which needs a clock.
+def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, world: int = 1,
+           tokens: float | None = None) -> TrainOptions:
+    """Fill in what is None, except the model's shape. `params` are those that a token meets; `tokens` is how many a run
+    of `loop.minutes` will see, which needs a clock: while it is None, batch, steps and rate of such a run stay open.
 
-    Learning rate: 0.02 / sqrt(dim), for both optimisers, since Muon's update is scaled to AdamW's size.
+    Batch and learning rate follow from the arithmetic of the whole run, C = 6 x parameters x tokens, as DeepSeek LLM
+    fitted them (2401.02954): 0.292 C^0.3271 tokens a step and a rate of 0.3118 C^-0.125. A short run on a laptop gets
+    small batches and a high rate, a long one on GPUs the other way round. The fit is for 1e17 to 2e19 FLOPs;
+    docs/LOG.md says how it does at 1e13. Muon's update is scaled to AdamW's size, so one rate serves both.
     """
     loop, seq_len = options.loop, options.data.seq_len
-    batch = loop.batch or world * max(1, round(16384 / seq_len / world))
-    micro = loop.micro_batch or largest_divisor(max(1, batch // world), max(1, 4096 // seq_len))
-    if batch % (micro * world):
-        raise UserError(f"loop.batch={batch} rows cannot be cut into micro-batches of loop.micro_batch={micro} rows on "
-                        f"{world} rank(s); choose a batch that is a multiple of {micro * world}")
-    steps = loop.steps
-    if steps is None and loop.epochs is not None:
+    micro = loop.micro_batch or max(1, 4096 // seq_len)
+    if tokens is None and loop.epochs is not None:
         if rows_per_epoch is None:
             raise UserError("loop.epochs needs data.train; give loop.steps instead")
-        steps = max(1, math.ceil(loop.epochs * rows_per_epoch / batch))
-    if steps is None and loop.minutes is None:
-        steps = max(1, math.ceil(loop.tokens_per_param * params / (batch * seq_len)))
-    lr = options.optim.lr or float(f"{0.02 / math.sqrt(dim):.2g}")
-    return replace(options, optim=replace(options.optim, lr=lr),
-                   loop=replace(loop, batch=batch, micro_batch=micro, steps=steps,
-                                epochs=None if steps is not None else loop.epochs))
+        tokens = loop.epochs * rows_per_epoch * seq_len
+    if tokens is None and loop.steps is None and loop.minutes is None:
+        tokens = loop.tokens_per_param * params
+    batch = loop.batch
+    if batch is None and (tokens or loop.steps):
+        batch = batch_rows(params, seq_len, micro * world, tokens=tokens, steps=loop.steps)
+    if batch is not None:
+        micro = loop.micro_batch or largest_divisor(max(1, batch // world), micro)
+        if batch % (micro * world):
+            raise UserError(f"loop.batch={batch} rows cannot be cut into micro-batches of loop.micro_batch={micro} "
+                            f"rows on {world} rank(s); choose a batch that is a multiple of {micro * world}")
+    steps, lr = loop.steps, options.optim.lr
+    if steps is None and tokens is not None:
+        steps = max(1, math.ceil(tokens / (batch * seq_len)))
+    if lr is None and steps is not None:
+        rate = 0.3118 * (6 * params * steps * batch * seq_len) ** -0.125
+        lr = float(f"{rate if options.model.start is None else rate / 5:.2g}")
+    return replace(options, optim=replace(options.optim, lr=lr), loop=replace(
+        loop, batch=batch, micro_batch=micro, steps=steps, epochs=None if steps is not None else loop.epochs,
+        minutes=None if steps is not None else loop.minutes))
+
+
+def batch_rows(params: int, seq_len: int, unit: int, *, tokens: float | None, steps: int | None) -> int:
+    """Rows of a step for a run of so many tokens, or of so many steps; a multiple of `unit`, one at least."""
+    if tokens is not None:
+        size = 0.292 * (6 * params * tokens) ** 0.3271
+    else:                                         # tokens = steps x size, solved for size
+        size = (0.292 * (6 * params * steps) ** 0.3271) ** (1 / (1 - 0.3271))
+    return unit * max(1, round(size / seq_len / unit))
 
 
 def derive_intervals(options: TrainOptions) -> TrainOptions:

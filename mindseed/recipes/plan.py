@@ -48,20 +48,20 @@ def main(options: Options) -> None:
     device, world = choose_device(options.device), options.world or dist.world_size()
     config = model_config(options)
     params = count_params(config)
-    options = derive(options, dim=config.dim, params=params.total, rows_per_epoch=rows_per_epoch(options), world=world)
-    loop, seq_len = options.loop, options.data.seq_len
-    precision = choose_precision(loop.precision, device)
+    precision, loop, seq_len = choose_precision(options.loop.precision, device), options.loop, options.data.seq_len
     top = peak(device, DTYPES[precision])
     flops = flops_per_token(config, seq_len, recompute=loop.recompute)
     speed = world * top.flops * options.mfu / flops.model                        # tokens per second
-    steps = loop.steps or max(1, int(60 * loop.minutes * speed / (loop.batch * seq_len)))
+    options = derive(options, params=params.active, rows_per_epoch=rows_per_epoch(options), world=world,
+                     tokens=loop.minutes and 60 * loop.minutes * speed)
+    loop = options.loop
     memory = plan_memory(config, batch_size=loop.micro_batch, seq_len=seq_len, itemsize=DTYPES[precision].itemsize,
                          optimizer=options.optim.kind, ema=loop.ema is not None, recompute=loop.recompute)
 
     show_model(config, params)
     show_flops(flops)
     show_memory(memory, device, loop.micro_batch, seq_len)
-    show_run(options, params, flops, steps=steps, speed=speed,
+    show_run(options, params, flops, speed=speed,
              machine=f"{world} x {device}, {units(top.flops, 'FLOP/s')} in {precision} ({top.source})")
     say(f"\ndecoding   {bytes_text(cache_bytes_per_token(config))} of cache per token in bf16, "
         f"{bytes_text(cache_bytes(config, config.seq_len))} for a context of {config.seq_len}; "
@@ -118,11 +118,11 @@ def show_memory(memory: TrainMemory, device: torch.device, micro_batch: int, seq
     warn_if_too_big(memory.total, device)
 
 
-def show_run(options: Options, params: Params, flops: Flops, *, steps: int, speed: float, machine: str) -> None:
+def show_run(options: Options, params: Params, flops: Flops, *, speed: float, machine: str) -> None:
     loop, seq_len = options.loop, options.data.seq_len
-    tokens = steps * loop.batch * seq_len
+    tokens = loop.steps * loop.batch * seq_len
     table("run", ["what", "value"], [
-        ["steps", f"{steps:,}"],
+        ["steps", f"{loop.steps:,}"],
         ["tokens per step", f"{loop.batch * seq_len:,} ({loop.batch} rows of {seq_len})"],
         ["tokens", si(tokens)],
         ["tokens per parameter", f"{token_ratio(params, tokens):.1f} (compute-optimal: 20)"],

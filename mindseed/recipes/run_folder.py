@@ -8,7 +8,7 @@
 
 To go on, the options given then lie beneath those given now, and what was derived is derived anew: a run made longer
 is validated at other intervals, on other ranks its batch is cut otherwise. What decides the result and was not given
-(the batch, the precision, the steps measured for loop.minutes) stays what it was.
+(batch and learning rate, the precision, the steps measured for loop.minutes) stays what it was.
 """
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     if now is not None and not Path(now).exists():
         raise UserError(f"{now}, the model that {folder} started from, is gone; put it back, or name the place that "
                         "it was moved to (--model.start PLACE)")
-    return replace(options, loop=loop)
+    rate = saved.optim.lr if options.optim.lr is None else options.optim.lr
+    return replace(options, loop=loop, optim=replace(options.optim, lr=rate))
 
 
 @contextlib.contextmanager

@@ -88,8 +88,8 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
         warn(line)
     data = open_data(options, run_folder)
     model, info = open_model(options, data.tokenizer, device)
-    options = derive(options, dim=model.config.dim, params=sum(p.numel() for p in model.parameters()),
-                     rows_per_epoch=len(data.rows), world=dist.world_size())
+    facts = {"params": count_params(model.config).active, "rows_per_epoch": len(data.rows), "world": dist.world_size()}
+    options = derive(options, **facts)
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
     source = Prefetch(RowSource(data.rows, batch_size=options.loop.micro_batch, rank=dist.rank(),
                                 world=dist.world_size()))
@@ -102,10 +102,9 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
     if options.loop.compile:
         model.compile_blocks()
     run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device, balance=Balance(model),
-              accumulate=options.loop.batch // (options.loop.micro_batch * dist.world_size()))
+              accumulate=max(1, (options.loop.batch or 0) // (options.loop.micro_batch * dist.world_size())))
     if options.loop.steps is None:
-        options = replace(options, loop=replace(
-            options.loop, minutes=None, steps=steps_for_minutes(run, options.loop.minutes)))
+        options = derive_by_clock(options, run, facts)
     options = derive_intervals(options)
     run.schedule = learning_rate(options.schedule, peak=options.optim.lr, steps=options.loop.steps)
     ema = EMA(model, options.loop.ema) if options.loop.ema else None
@@ -136,6 +135,18 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
+
+def derive_by_clock(options: TrainOptions, run: Run, facts: dict[str, int]) -> TrainOptions:
+    """The steps that fit into loop.minutes; and the batch, if it was left open, by what can be seen in that time."""
+    minutes, given = options.loop.minutes, options.loop
+    if given.batch is None:
+        rows = given.micro_batch * facts["world"]
+        seen = steps_for_minutes(run, minutes) * rows * options.data.seq_len
+        batch = derive(options, **facts, tokens=seen).loop.batch
+        options, run.accumulate = replace(options, loop=replace(given, batch=batch)), batch // rows
+    steps = steps_for_minutes(run, minutes)
+    return derive(replace(options, loop=replace(options.loop, steps=steps, minutes=None)), **facts)
+
 
 SHAPE = {f.name for f in fields(ModelOptions)} - {"start", "extend", "dropout", "moe", "mla"}
 
