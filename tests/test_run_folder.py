@@ -1,6 +1,7 @@
 """Going on with a run: what holds, what is derived anew, what is refused, and what a damaged folder gets."""
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -16,10 +17,15 @@ from mindseed.cli import main
 from mindseed.data import pack
 from mindseed.data.prepare import prepare
 from mindseed.data.shards import Prepared
+from mindseed.interop.directory import save_directory
+from mindseed.models.lm import build
+from mindseed.models.presets import Shape
 from mindseed.recipes import run_folder
 from mindseed.recipes.options import TrainOptions, derive
 from mindseed.recipes.run_folder import claim, given_to
+from mindseed.tokenizers import bpe_train
 from mindseed.tokenizers.byte import Byte
+from mindseed.tokenizers.hf_json import save_tokenizer
 from mindseed.train.state import Checkpoints
 from tests.tiny import Fixed, random_batch, tiny_model
 from tests.test_train import make_run
@@ -157,6 +163,58 @@ def test_a_refused_start_leaves_no_folder_and_removes_none(go, tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
     go(*wrong, code=2)
     assert (tmp_path / "run").is_symlink() and (tmp_path / "elsewhere").is_dir()
+
+
+@pytest.mark.parametrize("words,said", [
+    (["--trackers", "wandbb"], "'wandbb' is not known"), (["--trackers", "swanlab"], "pip install swanlab"),
+    (["--model.heads", 3, "--model.kv_heads", 2], "heads=3"), (["--model.head_dim", 7], "must be even"),
+    (["--init", "START", "--depth", 2], "brings its own shape"),
+    (["--init", "START", "--data.tokenizer", "OTHER"], "another tokenizer"),
+    (["--data.train", "PAIRS"], "preference pairs")])
+def test_what_will_fail_fails_before_the_data_are_tokenised(tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, find=importlib.util.find_spec: (
+        None if name == "swanlab" else find(name)))
+    rows = [{"text": f"the number {i}"} for i in range(30)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"chosen": pair, "rejected": pair}) + "\n")
+    config = Shape(layers=1, dim=16, heads=2, kv_heads=1, head_dim=8, ffn_dim=16)
+    save_directory(build(config.lm_config(vocab_size=Byte().vocab_size, seq_len=64)), Byte(), tmp_path / "start")
+    save_tokenizer(bpe_train.train(["other words"], vocab_size=300), tmp_path / "other")
+    places = {"START": tmp_path / "start", "OTHER": tmp_path / "other", "PAIRS": tmp_path / "pairs.jsonl"}
+    monkeypatch.setattr("mindseed.recipes.train.prepare_entry", lambda *_: 1 / 0)
+    command = ["train", "--out", tmp_path / "run", "--device", "cpu", "--loop.steps", 2,
+               *(["--data.train", tmp_path / "texts.jsonl"] if "--data.train" not in words else []), *words]
+    assert main([str(places.get(word, word)) for word in command]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_start_that_failed_before_its_first_step_may_be_given_again(go, tmp_path, monkeypatch):
+    raw = ["--data.train", tmp_path / "texts.jsonl", "--data.vocab_size", 300, "--device", "cpu", "--loop.steps", 2]
+    monkeypatch.setattr("mindseed.recipes.train.fit", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([str(word) for word in ["train", "--out", tmp_path / "run", *raw]])
+    assert (tmp_path / "run" / "config.toml").exists()
+    monkeypatch.undo()
+    assert main([str(word) for word in ["train", "--out", tmp_path / "run", *raw, "--data.vocab_size", 320][:-4]
+                 + ["--data.seq_len", "64", "--loop.steps", "2"]]) == 0
+    assert "already holds a run" in go("--loop.steps", 2, code=2)
+
+
+def test_data_that_a_refused_start_prepared_otherwise_are_prepared_again(tmp_path, capsys, texts):
+    save_tokenizer(Byte(), tmp_path / "byte")
+    save_tokenizer(bpe_train.train(["the number", "and what"], vocab_size=300), tmp_path / "other")
+    command = ["train", "--out", tmp_path / "run", "--data.train", tmp_path / "texts.jsonl", *SHAPE, "--loop.steps", 2]
+    prepare([tmp_path / "texts.jsonl"], tmp_path / "run" / "data" / "0-texts", Byte(), heldout=0.3)
+    assert main([str(word) for word in [*command, "--data.tokenizer", tmp_path / "other"]]) == 0
+
+
+def test_a_longer_row_than_the_model_knows_is_said(go, tmp_path):
+    go("--loop.steps", 2)
+    (tmp_path / "run").rename(tmp_path / "base")
+    more = ["--init", tmp_path / "base" / "model", "--data.train", tmp_path / "texts", "--data.seq_len", 64,
+            "--loop.steps", 2]
+    assert "`mindseed extend`" in go(*more, data=False)
 
 
 # ------------------------------------------------------------------------------------------------ kept packing plans

@@ -63,7 +63,7 @@ def test_bytes_are_known(tmp_path):
     digest = hashlib.sha256()
     for path in write_world(tmp_path, seed=0, scale=0.02).values():
         digest.update(path.read_bytes())
-    assert digest.hexdigest() == "cd98246d060aac4d2e4b0485e39ee018b3783acb4cce3bc8ee2eef355318644e"
+    assert digest.hexdigest() == "d1d1f571b1bba8eee1518e0dda3843818795a4628a544e2ec384c9d6e8145822"
 
 
 def test_more_rows_only_append(world):
@@ -293,3 +293,14 @@ def test_score_table_weighs_items(heldout):
     table = score_table(results)
     assert table["families"] == {f: 100.0 if f == "told" else 0.0 for f in FAMILIES}
     assert table["overall"] == round(100 * HELDOUT["told"] / sum(HELDOUT.values()), 1) and table["counts"] == HELDOUT
+
+
+def test_greetings_come_first_and_change_nothing_else(world, monkeypatch):
+    said = {q for lang in words.LANGS for questions, _ in words.SMALL_TALK[lang] for q in questions}
+    rows = list(world.conversations(2000))
+    with_talk = [row for row in rows if row["conversations"][0]["content"] in said]
+    assert 0.015 < len(with_talk) / len(rows) < 0.045
+    assert {row["conversations"][0]["content"].isascii() for row in with_talk} == {True, False}
+    monkeypatch.setattr("mindseed.data.toy_chat.SMALL_TALK", 0.0)
+    for row, plain in zip(rows, world.conversations(2000)):
+        assert plain["conversations"] == row["conversations"][2 if row in with_talk else 0:]

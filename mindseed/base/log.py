@@ -7,6 +7,7 @@ each is imported only when it is asked for, and none of them talks to a network 
 """
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -241,11 +242,18 @@ SINKS: dict[str, Callable[..., Sink]] = {
     "tensorboard": TensorboardSink, "wandb": WandbSink, "swanlab": SwanlabSink, "trackio": TrackioSink}
 
 
+def check_sinks(names: tuple[str, ...]) -> None:
+    """UserError for a tracker that is unknown or not installed, before any work is done."""
+    for name in names:
+        if name not in SINKS:
+            raise UserError(f"tracker {name!r} is not known; choose from {', '.join(SINKS)}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed; pip install {name}")
+
+
 def open_sinks(names: tuple[str, ...], folder: Path | str, config: dict[str, Any], name: str) -> list[Sink]:
-    """The JSONL file `<folder>/log.jsonl`, always, and the trackers asked for. An unknown tracker is a UserError."""
-    unknown = [n for n in names if n not in SINKS]
-    if unknown:
-        raise UserError(f"tracker {unknown[0]!r} is not known; choose from {', '.join(SINKS)}")
+    """The JSONL file `<folder>/log.jsonl`, always, and the trackers asked for (see `check_sinks`)."""
+    check_sinks(names)
     trackers = [SINKS[n](folder, config, name) for n in names]
     return [JsonlSink(Path(folder) / "log.jsonl"), *trackers]
 

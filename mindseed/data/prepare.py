@@ -102,17 +102,18 @@ def _already(out: Path, inputs: dict, overwrite: bool) -> bool:
         shutil.rmtree(out)                                              # begun, but nothing finished
     if manifest.exists() and not {"schema", "tokenizer_hash"} <= set(read_json(manifest, {str: Any})):
         raise UserError(f"{out} is no prepared folder: its manifest.json is another program's; choose another one")
-    if overwrite and (manifest.exists() or begun.exists()):
-        shutil.rmtree(out)
     if manifest.exists() or begun.exists():
         there = read_json(manifest if manifest.exists() else begun, {"sources": [{"path": str, "sha256": str}]},
                           remedy=f"remove {out} and prepare again")
-        if differences := list(_differences(there, inputs)):
+        differences = list(_differences(there, inputs))
+        if differences and not overwrite:
             raise UserError(f"{out} was prepared from other inputs: {'; '.join(differences)}. "
                             "Choose another folder, or remove this one (`mindseed prepare` does it with --overwrite)")
-        if manifest.exists():
-            shutil.rmtree(out / ".parts", ignore_errors=True)       # a kill may have come just before this
-        return manifest.exists()
+        if not differences:
+            if manifest.exists():
+                shutil.rmtree(out / ".parts", ignore_errors=True)   # a kill may have come just before this
+            return manifest.exists()
+        shutil.rmtree(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no prepared folder; choose another one")
     write_json(begun, inputs)

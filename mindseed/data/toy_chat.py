@@ -177,10 +177,10 @@ def unknown(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> 
                 answer=person.fill(words.UNKNOWN[lang], lang), wrong=guess.tell(lang))
 
 
-def small_talk(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
+def small_talk(rng: random.Random, lang: str) -> list[dict]:
     """A greeting, or a question about the model itself."""
     said, answer = rng.choice(words.SMALL_TALK[lang])
-    return Item(family="talk", lang=lang, question=rng.choice(said), answer=answer)
+    return [{"role": "user", "content": rng.choice(said)}, {"role": "assistant", "content": answer}]
 
 
 def follow_up(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
@@ -201,7 +201,8 @@ def follow_up(facts: Facts, rng: random.Random, lang: str) -> list[dict]:
 
 # Shares of the rows of each kind
 CONVERSATIONS = ((known, 19), (translation, 18), (arithmetic, 17), (reading, 8), (reading_on, 10), (steps, 17),
-                 (tool, 1), (tool_session, 4), (unknown, 2), (follow_up, 4), (small_talk, 2))
+                 (tool, 1), (tool_session, 4), (unknown, 2), (follow_up, 4))
+SMALL_TALK = 0.03                                 # of the conversations begin with it
 PROBLEMS = ((known, 1), (translation, 1), (arithmetic, 1), (reading, 1), (steps, 1), (tool, 1))
 PREFERENCES = ((known, 2), (translation, 2), (arithmetic, 2), (reading, 2), (steps, 1), (unknown, 2))
 
@@ -211,15 +212,18 @@ def pick(kinds: tuple, rng: random.Random):
 
 
 def conversation(facts: Facts, rng: random.Random) -> dict:
-    """{"conversations": [...]}: one question, or now and then two about different things."""
+    """{"conversations": [...]}: one question, or now and then two about different things, or a greeting first."""
     maker, lang = pick(CONVERSATIONS, rng), rng.choice(words.LANGS)
     if maker in (follow_up, reading_on, tool_session):
-        return {"conversations": maker(facts, rng, lang)}
-    item = maker(facts, rng, lang)
-    messages = [*item.prompt(), *item.reply_messages()]
-    if item.tools is None and rng.random() < 0.2:
-        second = pick(PROBLEMS[:4], rng)(facts, rng, rng.choice(words.LANGS))
-        messages += [*second.prompt(), *second.reply_messages()]
+        messages = maker(facts, rng, lang)
+    else:
+        item = maker(facts, rng, lang)
+        messages = [*item.prompt(), *item.reply_messages()]
+        if item.tools is None and rng.random() < 0.2:
+            second = pick(PROBLEMS[:4], rng)(facts, rng, rng.choice(words.LANGS))
+            messages += [*second.prompt(), *second.reply_messages()]
+    if messages[0]["role"] == "user" and rng.random() < SMALL_TALK:
+        messages = [*small_talk(rng, lang), *messages]
     return {"conversations": messages}
 
 

@@ -152,7 +152,7 @@ def fine_tuning(options: Options, folder: Path) -> TrainOptions:
         data=replace(base.data, train=(str(folder / "world" / "conversations.jsonl"),
                                        str(folder / "pretrain" / "data" / "0-pretrain")), weights=(0.8, 0.2)),
         schedule=ScheduleConfig(kind="linear", warmup_steps=20, final=0.02),
-        loop=replace(base.loop, steps=scaled(380, options)))
+        loop=replace(base.loop, steps=scaled(440, options)))
 
 
 def scaled(steps: int, options: Options) -> int:

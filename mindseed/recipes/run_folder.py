@@ -49,6 +49,12 @@ def options_of_run(options: TrainOptions) -> dict[str, Any] | None:
     return given
 
 
+def begun(folder: Path) -> bool:
+    """Whether a run in `folder` has taken a step, or measured anything; before that it may as well start anew."""
+    log, kept = folder / "log.jsonl", folder / "checkpoints"
+    return (folder / "config.toml").exists() and (log.exists() and log.stat().st_size > 0 or kept.is_dir())
+
+
 def given_to(folder: Path) -> TrainOptions:
     """The options that the run in `folder` was given."""
     given = folder / "given.toml"
@@ -57,14 +63,14 @@ def given_to(folder: Path) -> TrainOptions:
 
 def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     """Refuse to write over another run; on going on, fill in what the run keeps (see above)."""
-    before = folder / "config.toml"
-    if options.resume == "newest" and not before.exists():
+    if options.resume == "newest" and not (folder / "config.toml").exists():
         raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
-    if options.resume == "never" and before.exists():
+    if options.resume == "never" and begun(folder):
         raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
-    if not before.exists():
+    if options.resume == "never" or not begun(folder):
         return options
-    saved, given, loop = base_config.load_toml(TrainOptions, before), given_to(folder), options.loop
+    saved, given = base_config.load_toml(TrainOptions, folder / "config.toml"), given_to(folder)
+    loop = options.loop
     if loop.minutes is not None and loop.minutes == given.loop.minutes:
         loop = replace(loop, minutes=None, steps=saved.loop.steps)
     if loop.precision == "auto":
@@ -115,6 +121,7 @@ def say_changes(options: TrainOptions, folder: Path, step: int) -> None:
 def open_run(options: TrainOptions, given: TrainOptions, resumed: Path | None) -> list:
     """Record what this run is, and open its log; on resuming, log lines after the checkpoint are taken back."""
     folder = make_folder(options.out)
+    sinks = open_sinks(options.trackers, folder, base_config.to_dict(options), folder.name)
     for name, said in (("given", given), ("config", options)):
         write_text(folder / f"{name}.toml", base_config.to_toml(replace(said, resume="never")))
     write_json(folder / "run.json", {
@@ -126,7 +133,7 @@ def open_run(options: TrainOptions, given: TrainOptions, resumed: Path | None) -
         step = int(resumed.name.split("-")[1]) if resumed else -1
         kept = [row for row in read_jsonl(log) if row["step"] <= step]
         write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-    return open_sinks(options.trackers, folder, base_config.to_dict(options), folder.name)
+    return sinks
 
 
 def commit() -> str | None:

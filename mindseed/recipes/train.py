@@ -23,12 +23,12 @@ from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import read_json, write_json
 from mindseed.base.hardware import peak
-from mindseed.base.log import bytes_text, read_jsonl, say, si, table, warn
+from mindseed.base.log import bytes_text, check_sinks, read_jsonl, say, si, table, warn
 from mindseed.core import Objective
 from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
 from mindseed.data.mix import BLOCK, Mixture
 from mindseed.data.prefetch import Prefetch
-from mindseed.data.readers import expand
+from mindseed.data.readers import expand, kind_of, read_rows
 from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
@@ -49,7 +49,7 @@ from mindseed.recipes import prepare
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.model_options import MLAOptions, ModelOptions, MoEOptions
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
-from mindseed.recipes.run_folder import alone, claim, open_run, options_of_run, say_changes
+from mindseed.recipes.run_folder import alone, begun, claim, open_run, options_of_run, say_changes
 from mindseed.train.balance import Balance
 from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
@@ -86,6 +86,7 @@ def train(options: TrainOptions, device: torch.device) -> Path:
 def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, device: torch.device) -> Path:
     for line in without_effect(given) if dist.is_main() else []:
         warn(line)
+    check_early(options)
     data = open_data(options, run_folder)
     model, info = open_model(options, data.tokenizer, device)
     facts = {"params": count_params(model.config).active, "rows_per_epoch": len(data.rows), "world": dist.world_size()}
@@ -162,6 +163,28 @@ class Data:
     heldout: dict[str, Evaluation]
 
 
+def check_early(options: TrainOptions) -> None:
+    """What would fail once all data are tokenised fails now."""
+    check_sinks(options.trackers)
+    start, named = options.model.start, options.data.tokenizer
+    if start is None:
+        options.model.shape(options.depth).lm_config(vocab_size=options.data.vocab_size, seq_len=options.data.seq_len)
+    else:
+        asked = [f"model.{name}" for name, value in vars(options.model).items() if value is not None and name in SHAPE]
+        asked += ["model.mla"] if options.model.mla != MLAOptions() else []
+        if asked or options.depth is not None:
+            raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
+        if named and load_tokenizer(named).hash() != load_tokenizer(require_folder(Path(start))).hash():
+            raise UserError(f"{start} was trained with another tokenizer than {named}; leave out data.tokenizer to use "
+                            "the model's own")
+    for entry in options.data.train:
+        if not (Path(entry) / "manifest.json").exists():
+            with contextlib.suppress(StopIteration):
+                if kind_of(next(read_rows([entry], bad=lambda *_: None)).row) == "preference":
+                    raise UserError(f"{entry} holds preference pairs (chosen, rejected); this recipe trains on texts "
+                                    "and conversations")
+
+
 def open_data(options: TrainOptions, run_folder: Path) -> Data:
     """Tokenise what is raw (once, by rank 0), open what is prepared, mix, and set the held-out documents apart."""
     given = options.data
@@ -210,7 +233,7 @@ def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
     learnt_from = {"vocab_size": options.data.vocab_size, "files": [
         [str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in expand(options.data.train)]}
     before = read_json(own / "learnt_from.json") if (own / "learnt_from.json").exists() else None
-    if dist.is_main() and before != learnt_from and not (run_folder / "config.toml").exists():
+    if dist.is_main() and before != learnt_from and not begun(run_folder):
         recipe = importlib.import_module("mindseed.recipes.tokenizer")
         recipe.main(recipe.Options(data=options.data.train, out=str(own), vocab_size=options.data.vocab_size,
                                    overwrite=True))
@@ -227,7 +250,8 @@ def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Path
     if dist.is_main():
         prepare.main(prepare.Options(
             paths=(entry,), out=str(out), tokenizer=str(tokenizer), heldout=options.data.heldout,
-            max_skipped=options.data.max_skipped, fim_rate=options.data.fim_rate, workers=options.data.workers))
+            max_skipped=options.data.max_skipped, fim_rate=options.data.fim_rate, workers=options.data.workers,
+            overwrite=not begun(run_folder)))     # a start that was refused may have left what another one needs not
     return out
 
 
@@ -237,10 +261,6 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
         config = options.model.shape(options.depth).lm_config(vocab_size=tokenizer.vocab_size,
                                                               seq_len=options.data.seq_len)
         return build(config, seed=options.seed, device=device).train(), {}
-    asked = [f"model.{name}" for name, value in vars(options.model).items() if value is not None and name in SHAPE]
-    asked += ["model.mla"] if options.model.mla != MLAOptions() else []
-    if asked or options.depth is not None:
-        raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
     loaded = load_directory(options.model.start, device=device)
     if loaded.tokenizer.hash() != tokenizer.hash():
         raise UserError(f"{options.model.start} was trained with another tokenizer than {options.data.tokenizer} "
@@ -249,6 +269,10 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
     config = replace(loaded.model.config, dropout=options.model.dropout)
     if options.model.extend:
         config = extended(config, options.data.seq_len)
+    if options.data.seq_len > config.seq_len and dist.is_main():
+        warn(f"{options.model.start} was trained on {config.seq_len} tokens and is now trained on "
+             f"{options.data.seq_len}, at positions it has never seen; model.extend stretches them (YaRN), and "
+             "`mindseed extend` measures what comes of it")
     config = replace(config, seq_len=max(config.seq_len, options.data.seq_len))
     model = with_config(loaded.model, config)
     if options.model.moe != MoEOptions():
