@@ -27,6 +27,12 @@ RECIPES = {                                       # in the order in which a newc
     "extend": "lengthen a model's context, and measure how far it sees",
     "convert": "read and write other model formats",
 }
+ELSEWHERE = {                                     # what other projects call them
+    **dict.fromkeys(("pretrain", "sft", "full-sft", "finetune", "fine-tune"), "train"),
+    **dict.fromkeys(("train-pretrain", "train-full-sft"), "train"),
+    **dict.fromkeys(("eval-llm", "talk", "run"), "chat"), "train-tokenizer": "tokenizer", "tokenize": "prepare",
+    **dict.fromkeys(("export", "convert-model"), "convert"),
+}
 EXAMPLES = """\
   mindseed demo                                      from nothing to a chat model on this machine
   mindseed plan --depth 8                            what would a model of depth 8 cost?
@@ -72,7 +78,8 @@ def run(argv: list[str]) -> int:
         return 0
     name, rest = argv[0].replace("_", "-"), argv[1:]
     if name not in RECIPES:
-        raise UserError(f"{argv[0]!r} is not a recipe{suggestion(name, RECIPES) or '; see `mindseed --help`'}")
+        meant = f"; here it is called {ELSEWHERE[name]}" if name in ELSEWHERE else suggestion(name, RECIPES)
+        raise UserError(f"{argv[0]!r} is not a recipe{meant}\nThe recipes are {', '.join(RECIPES)}")
     share_cores()
     recipe = load(name)
     under = {"under": recipe.options_of_run} if hasattr(recipe, "options_of_run") else {}

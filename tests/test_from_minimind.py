@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mindseed import cli
-from mindseed.base.config import parse
+from mindseed.base.config import leaves, parse
+from mindseed.base.errors import UserError
 from mindseed.data.shards import Prepared
 from mindseed.models.presets import PRESETS
 from mindseed.recipes import chat, train
@@ -144,6 +145,54 @@ def test_every_flag_is_an_option(title, options):
             parse(options, shlex.split(span))
             tried += 1
     assert tried >= 5
+
+
+@pytest.mark.parametrize("title, options", [("Flags of training", train.Options),
+                                            ("Flags of talking to a model", chat.Options)])
+def test_a_flag_of_there_is_translated(title, options):
+    """Typed here, a flag of the left column leads to that of the right column; one without counterpart to no other."""
+    ours, tried = {leaf.name for leaf in leaves(options)}, 0
+    for there, here, _ in rows_of(title):
+        for flag in set(re.findall(r"--(\w+)", there)) - ours:
+            with pytest.raises(UserError, match=f"^--{flag} is not an option") as caught:
+                parse(options, [f"--{flag}", "1"])
+            words = here.strip("`").split()
+            assert not words and "did you mean" not in str(caught.value) or re.search(
+                rf"; here it is (called )?{words[0]}\b", str(caught.value)), caught.value
+            tried += bool(words)
+    assert tried >= {"Flags of training": 19, "Flags of talking to a model": 3}[title]
+
+
+@pytest.mark.parametrize("options, line, message", [
+    (train.Options, "--use_moe 1", "here it is --model.preset minimind-moe"),
+    (train.Options, "--from-resume 1", "here it is --resume auto"),
+    (train.Options, "--data_path x --batch_size=32",
+     "--data_path is not an option; here it is called --data.train\n"
+     "--batch_size is not an option; here it is called --loop.micro_batch"),
+    (chat.Options, "--open_thinking 1", "here it is --think on"),
+    (chat.Options, "--load_from ./minimind-3", "here it is called --model"),
+    (chat.Options, "--hidden_size 768", "here it is --model DIRECTORY, which says its shape")])
+def test_translations(options, line, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(options, line.split())
+
+
+@pytest.mark.parametrize("name", cli.RECIPES)
+def test_a_foreign_name_means_one_option_and_is_none_of_ours(name):
+    known = list(leaves(cli.load(name).Options))
+    foreign = [other.split()[0] for leaf in known for other in leaf.field.metadata.get("elsewhere", ())]
+    assert len(set(foreign)) == len(foreign) and not {leaf.name for leaf in known} & set(foreign)
+
+
+def test_a_recipe_of_there_is_translated(capsys):
+    for there, here in {"sft": "train", "pretrain": "train", "train_full_sft": "train", "eval_llm": "chat"}.items():
+        assert cli.main([there]) == 2
+        assert f"{there!r} is not a recipe; here it is called {here}\n" in capsys.readouterr().err
+    for there in ("serve", "dpo", "lora", "eval"):
+        assert cli.main([there, "--x"]) == 2
+        said = capsys.readouterr().err
+        assert "did you mean" not in said and all(name in said for name in cli.RECIPES)
+    assert set(cli.ELSEWHERE.values()) <= set(cli.RECIPES) and not set(cli.ELSEWHERE) & set(cli.RECIPES)
 
 
 def test_the_preset_small_is_its_shape():

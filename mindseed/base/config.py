@@ -32,17 +32,18 @@ WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 def option(default: Any = MISSING, *, help: str, bare: str | None = None, positional: bool = False,
-           alias: str | None = None, stray: bool = False) -> Any:
+           alias: str | None = None, stray: bool = False, elsewhere: tuple[str, ...] = ()) -> Any:
     """A field with help. Mutable or nested defaults are shared, so they must be frozen or tuples.
 
     `bare` is the value meant by the flag alone (`--resume` for `--resume newest`). A `positional` option may also be
     given without its flag, before all flags (`mindseed chat runs/demo/model`); a tuple takes all such words. An `alias`
     is a second flag for the command line alone, under the name that other projects use. A `stray` option is what an
-    error suggests for a file that stands there although nothing may.
+    error suggests for a file that stands there although nothing may. By the names `elsewhere` others know it: they are
+    no flags here, but an error translates them; words after a name are what to say here in place of its value.
     """
     more = (f" (the flag alone means {bare})" if bare is not None else "") + (f" (also --{alias})" if alias else "")
     return field(default=default, metadata={"help": help + more, "bare": bare, "positional": positional,
-                                            "alias": alias, "stray": stray})
+                                            "alias": alias, "stray": stray, "elsewhere": elsewhere})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +403,7 @@ def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], p
         elif negative != name and negative in known and bool in typing.get_args(known[negative].type):
             out += [f"--{negative}", "False"]
         else:
-            problems.append(f"--{flag} is not an option{suggestion(name, known, '--')}")
+            problems.append(f"--{flag} is not an option{translation(name, known) or suggestion(name, known, '--')}")
     if problems:
         raise UserError("\n".join(problems))
     return out
@@ -443,6 +444,15 @@ def suggestion(name: str, known: Any, dashes: str = "") -> str:
         close = [last[w] for w in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.8)]
     close = close or difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def translation(name: str, known: dict[str, Leaf]) -> str:
+    """`; here it is called --data.train` for a flag under the name of another project; or nothing."""
+    for leaf in known.values():
+        for there, _, words in (other.partition(" ") for other in leaf.field.metadata.get("elsewhere", ())):
+            if there == name.rpartition(".")[2]:
+                return f"; here it is --{leaf.name} {words}" if words else f"; here it is called --{leaf.name}"
+    return ""
 
 
 def describe(value: Any) -> str:

@@ -19,14 +19,16 @@ from mindseed.optim.muon import Muon
 class OptimConfig:
     kind: Literal["adamw", "muon"] = option("muon", help="optimiser of the matrices inside blocks; the rest is AdamW's")
     lr: float | None = option(None,
-                              help="peak learning rate of both optimisers [derived: from the arithmetic of the run]")
+                              help="peak learning rate of both optimisers [derived: from the arithmetic of the run]",
+                              elsewhere=("learning_rate",))
     weight_decay: float = option(0.1, help="decoupled weight decay of the matrices inside blocks")
     beta1: float = option(0.9, help="AdamW: decay of the first moment")
     beta2: float = option(0.95, help="AdamW: decay of the second moment")
     eps: float = option(1e-8, help="AdamW: added to the root of the second moment")
     momentum: float = option(0.95, help="Muon: Nesterov momentum")
     embedding_lr: float = option(1.0, help="learning rate of embeddings and head, as a multiple of optim.lr")
-    max_norm: float = option(1.0, help="clip gradients to this norm; 0: no clipping")
+    max_norm: float = option(1.0, help="clip gradients to this norm; 0: no clipping",
+                             elsewhere=("grad_clip", "max_grad_norm"))
 
     def __post_init__(self) -> None:
         if (self.lr is not None and self.lr <= 0) or self.embedding_lr <= 0 or self.eps <= 0:

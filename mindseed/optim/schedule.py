@@ -12,7 +12,8 @@ from mindseed.base.config import option
 class ScheduleConfig:
     """`wsd` is warm-up, stable, decay (2404.06395): the last `decay` share of the steps falls in a straight line."""
 
-    kind: Literal["constant", "linear", "cosine", "wsd"] = option("wsd", help="shape after the warm-up")
+    kind: Literal["constant", "linear", "cosine", "wsd"] = option("wsd", help="shape after the warm-up",
+                                                                    elsewhere=("lr_scheduler_type",))
     warmup_steps: int = option(20, help="optimiser steps of linear warm-up (at most half of all steps)")
     decay: float = option(0.4, help="wsd: share of the steps that decay at the end")
     final: float = option(0.0, help="learning rate at the end, as a share of the peak")

@@ -15,14 +15,16 @@ from mindseed.recipes.machine import choose_device
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
-    model: str = option("", help="the model directory", positional=True)
+    model: str = option("", help="the model directory", positional=True, elsewhere=(
+        "load_from", "weight", "model_path", "model_name_or_path",
+        *(f"{name} DIRECTORY, which says its shape" for name in ("hidden_size", "num_hidden_layers", "use_moe"))))
     temperature: float | None = option(None, help="0: always the likeliest token; higher: bolder [the model's]")
     top_k: int | None = option(None, help="choose among the k likeliest tokens; 0: all [the model's]")
     top_p: float | None = option(None, help="choose among the likeliest with this much probability [the model's]")
     min_p: float | None = option(None, help="drop tokens less likely than this times the likeliest [the model's]")
     repetition_penalty: float | None = option(None, help="above 1: avoid tokens that occurred [the model's]")
     seed: int = option(0, help="the same seed gives the same answers")
-    max_new: int = option(512, help="longest answer, in tokens")
+    max_new: int = option(512, help="longest answer, in tokens", elsewhere=("max_new_tokens", "max_tokens"))
     stop: tuple[str, ...] = option((), help="end an answer at any of these texts")
     device: str = option("auto", help="cpu, cuda, mps, or auto")
     dtype: str = option("auto", help="fp32, bf16, or auto: fp32 on a CPU, bf16 elsewhere")

@@ -44,8 +44,10 @@ COMMANDS = {
 class Options(AnswerOptions):
     prompt: str | None = option(None, help="ask this, print the answer and leave")
     system: str = option("", help="system prompt")
-    think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes")
-    history: bool = option(False, help="from a pipe: remember earlier lines, as in a terminal")
+    think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes",
+                                                 elsewhere=("open_thinking on",))
+    history: bool = option(False, help="from a pipe: remember earlier lines, as in a terminal",
+                           elsewhere=("historys",))
 
 
 def main(options: Options) -> int:

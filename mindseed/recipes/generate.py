@@ -31,7 +31,8 @@ class Options(AnswerOptions):
     input: Literal["text", "jsonl"] = option("text", help="a line is a prompt, or JSON with prompt or messages")
     mode: Literal["chat", "text"] = option("chat", help="ask the prompt as a user's question, or continue it as text")
     system: str = option("", help="system prompt (chat mode)")
-    think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes (chat mode)")
+    think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes (chat mode)",
+                                                 elsewhere=("open_thinking on",))
     samples: int = option(1, help="answers per prompt")
     batch_size: int = option(16, help="answers made at a time")
     logps: bool = option(False, help="also write the log-probability of every token")

@@ -17,9 +17,12 @@ def given(options: object) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEOptions:
-    experts: int | None = option(None, help="experts of a layer; given, the feed-forward is a mixture [derived: none]")
-    top_k: int | None = option(None, help="experts that a token visits [derived: 2]")
-    expert_dim: int | None = option(None, help="width of one expert [derived: model.ffn_dim / top_k]")
+    experts: int | None = option(None, help="experts of a layer; given, the feed-forward is a mixture [derived: none]",
+                                 elsewhere=("num_experts", "n_routed_experts"))
+    top_k: int | None = option(None, help="experts that a token visits [derived: 2]",
+                               elsewhere=("num_experts_per_tok",))
+    expert_dim: int | None = option(None, help="width of one expert [derived: model.ffn_dim / top_k]",
+                                    elsewhere=("moe_intermediate_size",))
     shared_dim: int | None = option(None, help="width of the feed-forward that every token visits; 0: none [derived]")
     score: Literal["softmax", "sigmoid"] | None = option(None, help="how the router scores [derived: softmax]")
     renormalise: bool | None = option(None, help="weights of the chosen experts sum to 1 [derived: true]")
@@ -70,18 +73,22 @@ class MLAOptions:
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     start: str | None = option(None, help="model directory to start from, for more pretraining or for fine-tuning; "
-                                          "none: random weights", alias="init")
+                                          "none: random weights", alias="init",
+                               elsewhere=("from_weight", "init_from", "model_name_or_path"))
     extend: bool = option(False, help="stretch the rotary positions of model.start (YaRN) to a data.seq_len longer "
                                       "than it was trained on")
-    preset: str | None = option(None, help=f"named shape: {', '.join(PRESETS)} [derived: toy, or from --depth]")
-    layers: int | None = option(None, help="number of blocks [derived]")
-    dim: int | None = option(None, help="width of the residual stream [derived]")
-    heads: int | None = option(None, help="query heads [derived]")
-    kv_heads: int | None = option(None, help="key/value heads; divides heads [derived]")
+    preset: str | None = option(None, help=f"named shape: {', '.join(PRESETS)} [derived: toy, or from --depth]",
+                                elsewhere=("use_moe minimind-moe",))
+    layers: int | None = option(None, help="number of blocks [derived]", elsewhere=("num_hidden_layers", "n_layer"))
+    dim: int | None = option(None, help="width of the residual stream [derived]", elsewhere=("hidden_size", "n_embd"))
+    heads: int | None = option(None, help="query heads [derived]", elsewhere=("num_attention_heads", "n_head"))
+    kv_heads: int | None = option(None, help="key/value heads; divides heads [derived]",
+                                  elsewhere=("num_key_value_heads",))
     head_dim: int | None = option(None, help="width of a head; even [derived]")
-    ffn_dim: int | None = option(None, help="width of the feed-forward [derived]")
-    theta: float | None = option(None, help="base of the rotary wavelengths [derived]")
-    tied: bool | None = option(None, help="the head shares the embedding's matrix [derived: true]")
+    ffn_dim: int | None = option(None, help="width of the feed-forward [derived]", elsewhere=("intermediate_size",))
+    theta: float | None = option(None, help="base of the rotary wavelengths [derived]", elsewhere=("rope_theta",))
+    tied: bool | None = option(None, help="the head shares the embedding's matrix [derived: true]",
+                               elsewhere=("tie_word_embeddings",))
     qk_norm: bool | None = option(None, help="normalise queries and keys [derived: true]")
     pattern: str | None = option(None, help="kinds of layers, cycled: L the whole past, S a window, D linear "
                                             "attention, such as SSSL [derived: L]")

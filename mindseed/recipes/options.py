@@ -27,14 +27,16 @@ LONGEST = 1 << 24                                 # tokens of a row; more would 
 class DataOptions:
     train: tuple[str, ...] = option((),
                                     help="files, folders or globs (jsonl, gz, zst, parquet, txt), or prepared folders",
-                                    stray=True)
+                                    stray=True, elsewhere=("data_path", "train_file", "dataset"))
     weights: tuple[float, ...] = option((),
                                         help="share of each entry of data.train in the mixture [derived: by tokens]")
     tokenizer: str | None = option(None,
                                    help="directory or tokenizer.json [derived: model.start's, a prepared folder's, or "
-                                             "trained on the data]")
+                                             "trained on the data]",
+                                   elsewhere=("tokenizer_path", "tokenizer_name"))
     vocab_size: int = option(6400, help="size of the tokenizer that is trained when none is given")
-    seq_len: int = option(512, help="tokens per row, the context the model is trained on")
+    seq_len: int = option(512, help="tokens per row, the context the model is trained on",
+                          elsewhere=("max_seq_len", "max_length", "max_seq_length", "block_size"))
     packing: Literal["best-fit", "sequential", "pad"] = option("best-fit",
                                                                help="how documents share a row; pad: one a row")
     cross_documents: bool = option(False, help="packed documents of a row see each other, as DeepSeek-V3 packs them")
@@ -42,7 +44,8 @@ class DataOptions:
     heldout: float = option(0.01, help="share of the documents kept apart for validation, chosen by their hash")
     max_skipped: float = option(0.01,
                                 help="bad lines put up with: below 1 a share (at least 10 lines), else a number")
-    workers: int | None = option(None, help="processes that tokenise [derived: one per core]")
+    workers: int | None = option(None, help="processes that tokenise [derived: one per core]",
+                                 elsewhere=("num_workers", "dataloader_num_workers"))
 
     def __post_init__(self) -> None:
         if not 1 <= self.seq_len <= LONGEST:
@@ -60,26 +63,36 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    steps: int | None = option(None, help="optimiser steps [derived: from minutes, epochs or tokens_per_param]")
+    steps: int | None = option(None, help="optimiser steps [derived: from minutes, epochs or tokens_per_param]",
+                               elsewhere=("max_steps", "max_iters"))
     minutes: float | None = option(None,
                                    help="train for about this long: steps follow from timing a few on this machine")
-    epochs: float | None = option(None, help="passes over the data, instead of steps")
+    epochs: float | None = option(None, help="passes over the data, instead of steps",
+                                  elsewhere=("epochs", "num_train_epochs"))
     tokens_per_param: float = option(20.0,
                                      help="tokens per parameter when neither steps, minutes nor epochs are given")
     batch: int | None = option(None,
-                               help="rows per optimiser step, over all ranks [derived: from the arithmetic of the run]")
-    micro_batch: int | None = option(None, help="rows per forward pass and rank [derived: up to 4096 tokens]")
+                               help="rows per optimiser step, over all ranks [derived: from the arithmetic of the run]",
+                               elsewhere=("accumulation_steps ROWS, those of all micro-batches of a step",
+                                          "gradient_accumulation_steps ROWS, those of all micro-batches of a step"))
+    micro_batch: int | None = option(None, help="rows per forward pass and rank [derived: up to 4096 tokens]",
+                                     elsewhere=("batch_size", "per_device_train_batch_size"))
     precision: PrecisionChoice = option("auto",
-                                        help="auto: bf16 where it is the faster one, else fp32; masters are fp32")
-    compile: bool = option(False, help="compile each block with torch.compile")
-    recompute: bool = option(False, help="recompute activations in the backward pass: less memory, a third more work")
+                                        help="auto: bf16 where it is the faster one, else fp32; masters are fp32",
+                                        elsewhere=("dtype", "bf16 bf16", "fp16 fp16"))
+    compile: bool = option(False, help="compile each block with torch.compile",
+                           elsewhere=("use_compile", "torch_compile"))
+    recompute: bool = option(False, help="recompute activations in the backward pass: less memory, a third more work",
+                             elsewhere=("gradient_checkpointing",))
     ema: float | None = option(None,
                                help="keep a moving average of the weights with this decay, and save it as the model")
-    validate_every: int | None = option(None, help="steps between validations, 0: never [derived: 10 in a run]")
+    validate_every: int | None = option(None, help="steps between validations, 0: never [derived: 10 in a run]",
+                                        elsewhere=("eval_steps", "eval_interval"))
     validate_documents: int = option(500, help="held-out documents used, at most, of each entry of data.train")
     sample_every: int | None = option(None, help="steps between printed samples, 0: never [derived: 4 in a run]")
-    save_every: int | None = option(None, help="steps between checkpoints, 0: only the last [derived: 10 in a run]")
-    keep: int = option(2, help="checkpoints kept, besides the best one")
+    save_every: int | None = option(None, help="steps between checkpoints, 0: only the last [derived: 10 in a run]",
+                                    elsewhere=("save_steps", "save_interval STEPS, those of the optimiser"))
+    keep: int = option(2, help="checkpoints kept, besides the best one", elsewhere=("save_total_limit",))
 
     def __post_init__(self) -> None:
         given = [name for name in ("steps", "minutes", "epochs") if getattr(self, name) is not None]
@@ -97,14 +110,18 @@ class LoopOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     out: str = option("runs/train",
-                      help="folder of the run: config, log, checkpoints, and the model directory at the end")
+                      help="folder of the run: config, log, checkpoints, and the model directory at the end",
+                      elsewhere=("save_dir", "save_weight", "output_dir", "out_dir"))
     resume: Resume = option("never", bare="newest",
-                            help="newest: go on from the last checkpoint; auto: start, or go on")
+                            help="newest: go on from the last checkpoint; auto: start, or go on",
+                            elsewhere=("from_resume auto", "resume_from_checkpoint auto"))
     depth: int | None = option(None,
                                help="the one dial: layers, width, heads, batch, learning rate and steps follow from it")
     seed: int = option(0, help="seed of the weights, the order of the data, dropout and samples")
     device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto: the GPU if there is one")
-    trackers: tuple[str, ...] = option((), help="also log to: tensorboard, wandb, swanlab, trackio")
+    trackers: tuple[str, ...] = option((), help="also log to: tensorboard, wandb, swanlab, trackio",
+                                       elsewhere=("report_to", "use_swanlab swanlab",
+                                                  "use_wandb swanlab, or wandb"))
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
