@@ -22,6 +22,17 @@ PAGE = Path(__file__).parents[1] / "docs" / "BENCHMARKS.md"
 ROUNDS = 5
 
 
+def reference(benchmark: str):
+    """The module transformers, against which we are measured; where it is missing, one line and exit code 2."""
+    try:
+        import transformers
+    except ImportError:
+        print(f"error: this compares with transformers, which is not installed; make bench ARGS={benchmark} installs "
+              "what it needs first", file=sys.stderr)
+        raise SystemExit(2) from None
+    return transformers
+
+
 def in_turn(parts: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Call every part once per round, in order; what they return (seconds, or any figure), by name."""
     figures: dict[str, list[float]] = {name: [] for name in parts}

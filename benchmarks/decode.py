@@ -10,7 +10,7 @@ import tempfile
 
 import torch
 
-from benchmarks.common import in_turn, ratio, report, seconds, spread
+from benchmarks.common import in_turn, ratio, reference, report, seconds, spread
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import load_directory, save_directory
@@ -23,7 +23,7 @@ VOCAB, PROMPT, NEW = 6400, 32, 128
 
 
 def main(rounds: int = 5) -> None:
-    import transformers
+    transformers = reference("decode")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rows = []

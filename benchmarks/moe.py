@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from benchmarks.common import ROUNDS, in_turn, ratio, report, seconds, spread
+from benchmarks.common import ROUNDS, in_turn, ratio, reference, report, seconds, spread
 from benchmarks.train_step import LENGTH, ROWS, VOCAB, our_step, their_step
 from mindseed.base.log import si
 from mindseed.models.presets import PRESETS, Shape
@@ -30,6 +30,7 @@ def params(shape: Shape) -> str:
 
 
 def main() -> None:
+    reference("moe")
     rows = []
     pairs = (("mixture with a shared expert", SHARED, "dense", DENSE, our_step, 0.75),
              ("mixture", PLAIN, "transformers Qwen3-MoE", PLAIN, their_step, 1.5))

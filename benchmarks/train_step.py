@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import ROUNDS, in_process, in_turn, ratio, report, seconds, spread
+from benchmarks.common import ROUNDS, in_process, in_turn, ratio, reference, report, seconds, spread
 from mindseed.base.hardware import measured_peak
 from mindseed.core import Batch
 from mindseed.models.lm import build
@@ -53,7 +53,7 @@ def our_step(compiled: bool, shape: Shape = PRESETS["mini"], precision: str = "b
 
 
 def their_step(compiled: bool, shape: Shape = PRESETS["mini"], precision: str = "bf16"):
-    import transformers
+    transformers = reference("train_step")
     s, kind, more = shape, "Qwen3", {}
     if s.moe is not None:
         kind, more = "Qwen3Moe", {"num_experts": s.moe.experts, "num_experts_per_tok": s.moe.top_k,
@@ -112,6 +112,7 @@ def main() -> None:
     if sys.argv[1:2] == ["memory"]:
         memory(sys.argv[2], sys.argv[3] == "compiled")
         return
+    reference("train_step")
     peak, flops = measured_peak("cpu", torch.bfloat16), None
     rows = []
     for kind in ("eager", "compiled"):

@@ -1,0 +1,20 @@
+"""What a newcomer is told: an error names the remedy that fits, and help is true."""
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+
+
+@pytest.mark.parametrize("name", ["train_step", "decode", "moe"])
+def test_a_benchmark_without_transformers_names_the_remedy(name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)               # as if it were not installed
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"benchmarks.{name}").main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and f"make bench ARGS={name} " in said and len(said.splitlines()) == 1
+    assert name in benchmarks.ALL
