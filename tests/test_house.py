@@ -216,14 +216,23 @@ def code_lines(page: Path) -> list[str]:
     return [line.strip().removeprefix("$ ") for line in fenced] + inline
 
 
+def examples(text: str) -> list[str]:
+    """The commands in a text of `--help`: indented lines, up to two spaces that begin a remark, and inline code."""
+    indented = re.findall(r"^ +((?:torchrun .* -m )?mindseed .*)", text, re.M)
+    return [re.split(r"\s{2,}", line)[0] for line in indented] + re.findall(r"`([^`]+)`", text)
+
+
 def commands() -> list[tuple[str, str]]:
-    """(page, arguments of mindseed) of every command in the documentation; a sketch with <...> or ... is not one."""
+    """(page, arguments of mindseed) of every command in the documentation and in the program's own help; a sketch with
+    <...> or ... is not one."""
+    lines = [(page.name, line) for page in pages() for line in code_lines(page)]
+    lines += [("cli", line) for line in examples(cli.EXAMPLES)]
+    lines += [(name, line) for name in cli.RECIPES for line in examples(cli.load(name).__doc__)]
     found = []
-    for page in pages():
-        for line in code_lines(page):
-            m = re.match(r"(?:\w+=\S+ )*(?:\S*/)?(?:python -m )?(?:torchrun .* -m )?mindseed ([a-z].*)", line)
-            if m and "..." not in line and "<" not in line.split("|")[0]:
-                found.append((page.name, re.split(r"\s[|>&;#]|\s2>", m.group(1))[0].strip()))
+    for place, line in lines:
+        m = re.match(r"(?:\w+=\S+ )*(?:\S*/)?(?:python -m )?(?:torchrun .* -m )?mindseed ([a-z].*)", line)
+        if m and "..." not in line and "<" not in line.split("|")[0]:
+            found.append((place, re.split(r"\s[|>&;#]|\s2>", m.group(1))[0].strip()))
     return found
 
 
@@ -242,6 +251,13 @@ def check_command(line: str) -> None:
 def test_commands_in_the_documentation_parse(page, line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     check_command(line)
+
+
+def test_the_examples_of_help_are_found():
+    found = {place: [line for where, line in commands() if where == place] for place in ("cli", *cli.RECIPES)}
+    assert len(found["cli"]) == 3 and len(found["convert"]) == 4 and len(found["train"]) >= 4
+    assert examples("Say `mindseed chat DIR`:\n\n  mindseed plan --dept 3    the dial\n") == [
+        "mindseed plan --dept 3", "mindseed chat DIR"]
 
 
 def test_a_wrong_command_in_the_documentation_would_be_noticed(monkeypatch):

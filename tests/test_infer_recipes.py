@@ -17,8 +17,11 @@ from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.lm import build
 from mindseed.models.presets import Shape
 from mindseed.recipes import chat
+from mindseed.recipes import convert as conversion_recipe
+from mindseed.tokenizers.bpe_train import train as train_bpe
 from mindseed.tokenizers.byte import Byte
 from mindseed.tokenizers.chat import encode_chat
+from tests.test_house import examples
 from tests.tiny import randomise
 
 
@@ -205,6 +208,18 @@ def test_convert(folder, capsys, monkeypatch, tmp_path, dtype):
     code, _, err = run(capsys, monkeypatch, "convert", folder, target)
     assert code == 2 and "exists already" in err
     assert run(capsys, monkeypatch, "convert", folder, folder, "--overwrite")[0] == 2
+
+
+def test_the_examples_of_help_work_on_a_model_of_the_demo(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = train_bpe(["种子 seed"] * 9, vocab_size=300)
+    shape = Shape(layers=1, dim=32, heads=4, kv_heads=2, head_dim=8, ffn_dim=32)
+    save_directory(build(shape.lm_config(vocab_size=300, seq_len=32)), tokenizer, "runs/demo/fine-tune/model")
+    lines = [line for line in examples(conversion_recipe.__doc__) if "runs/demo/" in line]
+    assert len(lines) >= 2
+    for line in lines:
+        code, out, err = run(capsys, monkeypatch, *line.split()[1:])
+        assert code == 0 and ": equal" in out, err
 
 
 def test_a_copy_that_differs_is_the_exit_code(folder, capsys, monkeypatch, tmp_path):

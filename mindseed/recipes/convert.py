@@ -1,13 +1,13 @@
 """Write a model anew: another family's directory, another dtype, a directory from a bare state dict.
 
-  mindseed convert some/Llama runs/llama                           what the source is, it finds out by itself
-  mindseed convert out/full_sft_768.pth runs/minimind              MiniMind's weights; no flags, shapes tell
-  mindseed convert runs/demo/model exported --to llama --dtype bf16
-  mindseed convert runs/demo/model runs/seed --to gguf --dtype q8_0     runs/seed/seed.gguf for llama.cpp and Ollama
+  mindseed convert runs/demo/fine-tune/model runs/half --dtype bf16               the same in half the bytes
+  mindseed convert runs/demo/fine-tune/model runs/seed --to gguf --dtype q8_0     for llama.cpp and Ollama
+  mindseed convert some/Llama runs/llama                      what the source is, it finds out by itself
+  mindseed convert out/full_sft_768.pth runs/minimind         MiniMind's weights; no flags, shapes tell
 
 Prints which tensors went where and ends by comparing the logits of both; if they differ, the exit code is 1. What the
 target's format cannot express is refused with the reason. A GGUF file is read back as llama.cpp would read it and kept
-only if it computes the same; beside it lies a Modelfile: `ollama create seed -f runs/seed/Modelfile`.
+only if it computes the same; beside runs/seed/seed.gguf lies a Modelfile: `ollama create seed -f runs/seed/Modelfile`.
 """
 from __future__ import annotations
 
