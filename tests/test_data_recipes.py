@@ -36,6 +36,21 @@ def test_prepare_then_show(files, capsys):
     shown = capsys.readouterr().out
     assert "Ich 🦊.<|im_end|>" in shown and "A tale of 汉字.<|im_end|>" in shown
     assert "a.jsonl:1" in shown and "a.jsonl:2" in shown and "slots of padding" in shown
+    assert "⟦learned⟧   only read   ▌ a document begins" in shown                    # a pipe has no colours
+    assert "\n⟦Ich 🦊.<|im_end|>⟧" in shown and "Wer?⟧" not in shown
+
+
+def test_a_folder_above_prepared_data_is_told_of_them(files, capsys):
+    run = files / "runs" / "x"
+    (run / "data" / "0-a").mkdir(parents=True)
+    assert cli.main(["show-batch", str(run)]) == 2
+    assert "mindseed prepare FILES --out FOLDER " in capsys.readouterr().err         # never into a folder in use
+    assert cli.main(["prepare", str(files / "a.jsonl"), "--out", str(run / "data" / "0-a"), "--tokenizer",
+                     str(files / "tokenizer"), "--heldout", "0"]) == 0
+    for place in (run, run / "data", run.parent):
+        capsys.readouterr()
+        assert cli.main(["show-batch", str(place)]) == 2
+        assert capsys.readouterr().err.endswith(f"did you mean {run / 'data' / '0-a'}?\n")
 
 
 @pytest.mark.parametrize("command, message", [

@@ -87,6 +87,11 @@ def recover(path: Path | str) -> Path:
     return path
 
 
+def folders_with(name: str, below: Path) -> list[Path]:
+    """The folders at most three levels below a folder that hold a file `name`, the nearest first."""
+    return [path.parent for depth in ("*", "*/*", "*/*/*") for path in sorted(below.glob(f"{depth}/{name}"))]
+
+
 def sync(path: Path, deep: bool = True) -> None:
     """Push a file, or a folder with what it holds, to the disk."""
     inside = list(path.rglob("*")) if deep and path.is_dir() else []

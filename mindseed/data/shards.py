@@ -28,7 +28,7 @@ from typing import Any, Protocol, Sequence
 import numpy as np
 
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, misfit, parse_json, read_json, recover, sha256
+from mindseed.base.files import atomic, folders_with, misfit, parse_json, read_json, recover, sha256
 from mindseed.tokenizers.hf_json import load_tokenizer
 
 SCHEMA = 1
@@ -218,10 +218,13 @@ class Prepared:
         self.folder = recover(Path(folder))
         path = self.folder / "manifest.json"
         if not path.exists():
-            unfinished = (self.folder / ".parts").exists()
-            raise UserError(f"{folder} is not finished: run the same prepare command again to continue it" if unfinished
-                            else f"{folder} holds no prepared data (no manifest.json); make it with: "
-                                 f"mindseed prepare FILES --out {folder} --tokenizer TOKENIZER")
+            if (self.folder / ".parts").exists():
+                raise UserError(f"{folder} is not finished: run the same prepare command again to continue it")
+            near = folders_with("manifest.json", self.folder)
+            place = "FOLDER" if self.folder.exists() else folder
+            hint = f"did you mean {near[0]}?" if near else (
+                f"make it with: mindseed prepare FILES --out {place} --tokenizer TOKENIZER")
+            raise UserError(f"{folder} holds no prepared data (no manifest.json); {hint}")
         self.manifest = read_json(path, {str: Any}, remedy=AGAIN)
         if self.manifest.get("schema") != SCHEMA:
             raise UserError(f"{path} has schema {self.manifest.get('schema')}, this version reads {SCHEMA}; {AGAIN}")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mindseed import __version__
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, read_json, read_text, recover, write_json
+from mindseed.base.files import atomic, folders_with, read_json, read_text, recover, write_json
 from mindseed.core import Tokenizer
 from mindseed.interop.families import NATIVE, family_in, family_of
 from mindseed.interop.family import Family
@@ -161,7 +161,7 @@ def require_folder(folder: Path) -> Path:
         hint = f"; beside it there is {', '.join(near[:5])}" if near else ""
         raise UserError(f"{folder} is not a model directory: there is no such folder{hint}")
     if not (folder / "config.json").exists():
-        near = [str(p.parent) for depth in ("*", "*/*") for p in sorted(folder.glob(f"{depth}/config.json"))]
+        near = folders_with("config.json", folder)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{folder} is not a model directory: it has no config.json{hint}")
     return folder

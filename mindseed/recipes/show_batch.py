@@ -1,5 +1,6 @@
 """Print what a batch trains on: green is learned, grey is only read, dots are padding, a bar begins a document.
 
+Where there are no colours, in a pipe or a file, what is learned stands in ⟦brackets⟧.
 The rows are those that training would see with the same seed, length and packing. Whoever wonders why a model answers
 with its user's words looks here first.
 """
@@ -20,6 +21,7 @@ from mindseed.data.pack import Strategy
 from mindseed.data.shards import Prepared
 from mindseed.recipes.options import LONGEST
 
+BRACKETS = "⟦⟧"
 STYLES = {"learned": "green", "read": "bright_black", "border": "bold cyan", "padding": "bright_black"}
 
 
@@ -45,13 +47,15 @@ def main(options: Options) -> None:
                           seed=options.seed, strategy=options.packing)
     source.load_state_dict({**source.state_dict(), "rows_seen": options.first})
     batch, tokenizer = next(source), prepared.tokenizer()
+    brackets = BRACKETS if console.no_color or console.color_system is None else ""
     say(f"{options.data}, {options.split}: {source.rows.stats}")
+    console.print(legend(brackets), soft_wrap=True)
     for b, row in enumerate(batch.extra["row"].tolist()):
         names = source.describe([row])
         learned, used = int(batch.weights[b].sum()), padding_start(batch, b)
         console.print(f"\nrow {row}: {len(names)} document{'s' * (len(names) != 1)}, {used} of {options.seq_len} slots "
                       f"used, {learned} learned", style="bold")
-        console.print(paint(batch, b, tokenizer, names), soft_wrap=True)
+        console.print(paint(batch, b, tokenizer, names, brackets), soft_wrap=True)
 
 
 def padding_start(batch: Batch, b: int) -> int:
@@ -60,8 +64,15 @@ def padding_start(batch: Batch, b: int) -> int:
     return int(used.max()) + 1 if len(used) else 0
 
 
-def paint(batch: Batch, b: int, tokenizer: Tokenizer, names: list[str]) -> Text:
-    """Row b in colours. The first token of a document predicts, but is predicted by nothing, so it is never learned."""
+def legend(brackets: str) -> Text:
+    return Text("   ").join([Text(f"{brackets[:1]}learned{brackets[1:]}", STYLES["learned"]),
+                             Text("only read", STYLES["read"]), Text("▌ a document begins", STYLES["border"]),
+                             Text("··· padding", STYLES["padding"])])
+
+
+def paint(batch: Batch, b: int, tokenizer: Tokenizer, names: list[str], brackets: str = "") -> Text:
+    """Row b in colours, what is learned in `brackets` as well. The first token of a document predicts, but is predicted
+    by nothing, so it is never learned."""
     text, used = Text(), padding_start(batch, b)
     ids, targets, weights, positions = (x[b, :used].tolist() for x in
                                         (batch.ids, batch.targets, batch.weights, batch.positions))
@@ -75,7 +86,8 @@ def paint(batch: Batch, b: int, tokenizer: Tokenizer, names: list[str]) -> Text:
     for document, inside in groupby(tokens, key=lambda token: token[0]):
         text.append(f"▌{names[document]} ", STYLES["border"])
         for style, run in groupby(inside, key=lambda token: token[1]):
-            text.append(tokenizer.decode([id for _, _, id in run]), STYLES[style])
+            words = tokenizer.decode([id for _, _, id in run])
+            text.append(f"{brackets[:1]}{words}{brackets[1:]}" if style == "learned" else words, STYLES[style])
         text.append("\n")
     padding = batch.ids.shape[1] - used
     return text.append(f"{'·' * min(padding, 80)} {padding} slots of padding" if padding else "", STYLES["padding"])
