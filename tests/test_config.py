@@ -339,6 +339,7 @@ def test_figures():
         "0", "7", "999", "1.00k", "41.2k", "1.00M", "25.8M", "1.50"]
     assert [bytes_text(x) for x in (512, 11.34e9)] == ["512 B", "11.3 GB"] and units(9.7e10, "FLOP/s") == "97.0 GFLOP/s"
     assert [duration(x) for x in (42, 307, 7389, 3e5, math.inf)] == ["0:42", "5:07", "2:03:09", "3d 11:20:00", "?"]
+    assert [duration(x) for x in (3e7, 4e7, 7.5886e18)] == ["347d 05:20:00", "1.3 years", "240,000,000,000 years"]
 
 
 def test_jsonl_survives_a_torn_line(tmp_path):

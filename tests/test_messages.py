@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from mindseed import cli
 
 
 @pytest.mark.parametrize("name", ["train_step", "decode", "moe"])
@@ -18,3 +20,12 @@ def test_a_benchmark_without_transformers_names_the_remedy(name, monkeypatch, ca
     said = capsys.readouterr().err
     assert left.value.code == 2 and f"make bench ARGS={name} " in said and len(said.splitlines()) == 1
     assert name in benchmarks.ALL
+
+
+def test_a_plan_that_takes_years_says_so(capsys):
+    assert cli.main(["plan", "--depth", "100"]) == 0
+    said = capsys.readouterr()
+    years = re.search(r"time +│ +([\d,]+ years)", said.out)[1]
+    assert f"warning: this run would take {years}; take a smaller model" in said.err
+    assert cli.main(["plan", "--depth", "2", "--loop.steps", "10"]) == 0
+    assert "would take" not in capsys.readouterr().err

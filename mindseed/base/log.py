@@ -27,6 +27,7 @@ from mindseed.base.files import misfit, parse_json
 
 console = Console(highlight=False)                           # stdout: results
 notes = Console(stderr=True, highlight=False)                # stderr: warnings, progress
+YEAR_S = 365.25 * 24 * 3600
 
 
 def say(text: str) -> None:
@@ -77,9 +78,11 @@ def bytes_text(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0:42, 5:07, 2:03:09, or 3d 04:05:06."""
+    """0:42, 5:07, 2:03:09, 3d 04:05:06, 2.4 years, or 1,230,000 years."""
     if not math.isfinite(seconds):
         return "?"
+    if (years := seconds / YEAR_S) >= 1:
+        return f"{years:.1f} years" if years < 100 else f"{float(f'{years:.3g}'):,.0f} years"
     minutes, s = divmod(int(round(seconds)), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)

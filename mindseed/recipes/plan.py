@@ -17,7 +17,7 @@ from mindseed.base import dist
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.base.hardware import peak
-from mindseed.base.log import bytes_text, duration, say, si, table, units
+from mindseed.base.log import YEAR_S, bytes_text, duration, say, si, table, units, warn
 from mindseed.data.shards import Prepared
 from mindseed.models.config import LMConfig
 from mindseed.models.describe import describe
@@ -131,3 +131,6 @@ def show_run(options: Options, params: Params, flops: Flops, *, speed: float, ma
         ["device", machine],
         [f"speed at mfu {options.mfu:.0%}", f"{si(speed)} tok/s"],
         ["time", duration(tokens / speed)]])
+    if tokens / speed > YEAR_S:
+        warn(f"this run would take {duration(tokens / speed)}; take a smaller model (--depth), fewer tokens "
+             "(loop.steps, loop.minutes), or more devices (--world)")
