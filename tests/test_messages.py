@@ -1,14 +1,22 @@
 """What a newcomer is told: an error names the remedy that fits, and help is true."""
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import random
 import re
 import sys
 
 import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
 from mindseed import cli
+from mindseed.base.errors import UserError
+from mindseed.base.files import atomic
+from mindseed.recipes.tokenizer import read_texts
+from mindseed.train.state import compare
 
 
 @pytest.mark.parametrize("name", ["train_step", "decode", "moe"])
@@ -29,3 +37,19 @@ def test_a_plan_that_takes_years_says_so(capsys):
     assert f"warning: this run would take {years}; take a smaller model" in said.err
     assert cli.main(["plan", "--depth", "2", "--loop.steps", "10"]) == 0
     assert "would take" not in capsys.readouterr().err
+
+
+def complaint(capsys, *words: object) -> str:
+    """What a mistake is told, with exit code 2."""
+    capsys.readouterr()
+    assert cli.main([*map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, file", [("pyarrow", "x.parquet"), ("zstandard", "x.jsonl.zst")])
+def test_a_missing_reader_is_installed_by_its_own_name(name, file, monkeypatch, capsys, tmp_path):
+    """`mindseed[...]` would be looked for on an index, also by those who have a clone."""
+    monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / file).write_bytes(b"x")
+    said = complaint(capsys, "tokenizer", tmp_path / file, "--out", tmp_path / "t")
+    assert said.endswith(f": pip install {name}\n")

@@ -262,7 +262,7 @@ def open_sinks(names: tuple[str, ...], folder: Path | str, config: dict[str, Any
 
 
 class extra:
-    """`with extra("wandb"): import wandb`: a missing package becomes a UserError that names the extra to install."""
+    """`with extra("wandb"): import wandb`: a missing package becomes a UserError that says how to install it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -271,7 +271,7 @@ class extra:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):
-            raise UserError(f'{self.name} is not installed; pip install "mindseed[{self.name}]"') from error
+            raise UserError(f"{self.name} is not installed; pip install {self.name}") from error
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

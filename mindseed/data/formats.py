@@ -169,7 +169,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f'{path}: reading parquet needs pyarrow: pip install "mindseed[parquet]"') from None
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 18) as file:
             line = 0
@@ -208,7 +208,7 @@ def _open_zstd(path: Path) -> BinaryIO:
     try:
         import zstandard
     except ImportError:
-        raise UserError(f'{path}: reading .zst needs zstandard: pip install "mindseed[zstd]"') from None
+        raise UserError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
     return io.BufferedReader(_ZstdReader(path, zstandard.ZstdDecompressor), 1 << 18)
 
 
