@@ -53,3 +53,14 @@ def test_a_missing_reader_is_installed_by_its_own_name(name, file, monkeypatch, 
     (tmp_path / file).write_bytes(b"x")
     said = complaint(capsys, "tokenizer", tmp_path / file, "--out", tmp_path / "t")
     assert said.endswith(f": pip install {name}\n")
+
+
+def test_rows_of_another_kind_are_what_the_error_is_about(capsys, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n' * 3)
+    for words in (["tokenizer", tmp_path / "a.jsonl", "--out"],
+                  ["train", "--data.train", tmp_path / "a.jsonl", "--loop.steps", 1, "--out"]):
+        last = complaint(capsys, *words, tmp_path / "out").splitlines()[-1]
+        assert last.startswith("error: no row holds text to learn from; 3 skipped, the first ")
+        assert 'a.jsonl:1: unknown schema: the keys are "txt"; accepted are' in last
+    (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n{"text": "a"}\n')
+    assert list(read_texts((str(tmp_path / "a.jsonl"),))) == ["a"]

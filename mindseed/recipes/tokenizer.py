@@ -1,8 +1,11 @@
 """Train a tokenizer on your text and report how well it compresses Chinese and English.
 
+  mindseed tokenizer corpus.jsonl --out runs/tokenizer --vocab_size 6400
+  mindseed train --data.train corpus.jsonl --data.tokenizer runs/tokenizer       as does `mindseed plan`
+  mindseed prepare corpus.jsonl --out runs/data --tokenizer runs/tokenizer       as does `mindseed convert`
+
 The text is a sample of the corpus, drawn document by document, in one pass that holds no more than `max_bytes`. A
-fiftieth of it is set aside and only measured. The folder that is written can be given to `--tokenizer` everywhere,
-and to transformers' AutoTokenizer.
+fiftieth of it is set aside and only measured. The folder that is written is one for transformers' AutoTokenizer too.
 """
 from __future__ import annotations
 
@@ -83,12 +86,14 @@ def main(options: Options) -> None:
 
 
 def read_texts(data: tuple[str, ...]) -> Iterable[str]:
-    """Every text of the files. A bad row is skipped and named, the first few of them with their reasons."""
-    skipped = 0
+    """Every text of the files. A bad row is skipped and named, the first few of them with their reasons. UserError
+    where all rows are bad."""
+    skipped, any_good, first = 0, False, ""
 
     def bad(file: str, line: int, reason: str) -> None:
-        nonlocal skipped
+        nonlocal skipped, first
         skipped += 1
+        first = first or f"{file}:{line}: {reason}"
         if skipped <= 5:
             warn(f"skipped {file}:{line}: {reason}")
 
@@ -99,7 +104,10 @@ def read_texts(data: tuple[str, ...]) -> Iterable[str]:
             except UserError as error:
                 bad(row.file, row.line, str(error))
             else:
+                any_good = True
                 yield text
+    if skipped and not any_good:
+        raise UserError(f"no row holds text to learn from; {skipped:,} skipped, the first {first}")
     if skipped > 5:
         warn(f"and {skipped - 5:,} more bad rows were skipped")
 
