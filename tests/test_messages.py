@@ -64,3 +64,16 @@ def test_rows_of_another_kind_are_what_the_error_is_about(capsys, tmp_path):
         assert 'a.jsonl:1: unknown schema: the keys are "txt"; accepted are' in last
     (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n{"text": "a"}\n')
     assert list(read_texts((str(tmp_path / "a.jsonl"),))) == ["a"]
+
+
+def test_only_a_full_disk_asks_for_space(tmp_path):
+    def failing(number: int, at: str | None = None) -> str:
+        with pytest.raises(UserError) as caught, atomic(tmp_path / "x.jsonl") as temp:
+            raise OSError(number, os.strerror(number), at or str(temp))
+        return str(caught.value)
+
+    assert "free some space" in failing(errno.ENOSPC) and "free some space" in failing(errno.EDQUOT)
+    for number in (errno.ENOENT, errno.EACCES, errno.EROFS):
+        assert "space" not in failing(number) and "; choose another place. " in failing(number)
+    assert f"no file can be made in {tmp_path}" in failing(errno.ENOENT)                 # as in /proc
+    assert "No such file" in failing(errno.ENOENT, at="something else")

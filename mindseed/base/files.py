@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it there when the block ends well, remove it when it does not.
 
     Works for a file or a folder, but never replaces one by the other. A folder that is replaced is moved aside first,
-    so that at every moment either the old or the new one can be found (see `recover`). A full disk becomes a UserError.
+    so that at every moment either the old or the new one can be found (see `recover`). A full disk, or another place
+    that cannot be written, becomes a UserError.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -43,8 +45,12 @@ def atomic(path: Path | str) -> Iterator[Path]:
             os.replace(temp, path)
         sync(path.parent, deep=False)
     except OSError as error:
-        raise UserError(f"could not write {path}: {error.strerror or error}; free some space or choose another place. "
-                        "What was there before is intact.") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)          # of the disk, a quota, a limit
+        why = error.strerror or error
+        if error.errno == errno.ENOENT and error.filename == str(temp):          # its folder is there: see above
+            why = f"no file can be made in {path.parent}"
+        raise UserError(f"could not write {path}: {why}; {'free some space or ' * full}choose another place. What was "
+                        "there before is intact.") from error
     finally:
         if temp.is_dir():
             shutil.rmtree(temp, ignore_errors=True)
