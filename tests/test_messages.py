@@ -77,3 +77,11 @@ def test_only_a_full_disk_asks_for_space(tmp_path):
         assert "space" not in failing(number) and "; choose another place. " in failing(number)
     assert f"no file can be made in {tmp_path}" in failing(errno.ENOENT)                 # as in /proc
     assert "No such file" in failing(errno.ENOENT, at="something else")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "--loop.minutes"], '--loop.minutes needs a value: a number or "none"'),
+    (["train", "--model.preset", "--seed", "3"], '--model.preset needs a value: a string or "none"'),
+    (["chat", "--model"], "--model needs a value: a string")])
+def test_a_flag_without_its_value(words, message, capsys):
+    assert complaint(capsys, *words) == f"error: {message}\n"

@@ -353,7 +353,10 @@ def run_tyro(tyro: Any, cls: type[T], args: list[str], prog: str, description: s
         parts = [part.strip() for part in re.split("[─-]{3,}", " ".join(lines)) if part.strip()] or [""]
         first = parts[0 if boxed or len(parts) == 1 else 1]
         what, colon, why = first.removeprefix("Error parsing ").partition(": ")
-        kind = {leaf.name: leaf.type for leaf in leaves(cls)}.get(what.removeprefix("--"))
+        kinds = {leaf.name: leaf.type for leaf in leaves(cls)}
+        if missing := re.match(r"Missing value for argument '--([\w.]+)'", first):
+            raise UserError(f"--{missing[1]} needs a value: {spell(kinds[missing[1]])}") from None
+        kind = kinds.get(what.removeprefix("--"))
         if colon and kind is not None and first.startswith("Error parsing"):
             given = " ".join(args).partition(what)[2].partition(" --")[0].lstrip("= ")
             raise UserError(f"{what} must be {spell(kind)}, not {given!r}") from None
