@@ -85,3 +85,19 @@ def test_only_a_full_disk_asks_for_space(tmp_path):
     (["chat", "--model"], "--model needs a value: a string")])
 def test_a_flag_without_its_value(words, message, capsys):
     assert complaint(capsys, *words) == f"error: {message}\n"
+
+
+def test_a_checkpoint_is_no_model_but_leads_to_one(capsys, tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "step-00000004"
+    step.mkdir(parents=True)
+    (step / "checkpoint.json").write_text("{}")
+    assert "it is a checkpoint, from which its run can go on (--resume)" in complaint(capsys, "chat", step)
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    for place in (step, step.parent, step.parent.parent):
+        assert complaint(capsys, "chat", place).endswith(f"did you mean {tmp_path / 'run' / 'model'}?\n")
+
+
+def test_a_model_without_its_tokenizer(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mindseed"}')
+    assert "tokenizer.json does not exist; copy it there" in complaint(capsys, "chat", tmp_path)

@@ -131,6 +131,9 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
     """
     folder = require_folder(Path(folder))
     data = read_json(folder / "config.json", {"model_type?": str | None})
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder / 'tokenizer.json'} does not exist; copy it there from where the model comes from, "
+                        "or have transformers write it: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)")
     ours = read_json(folder / "mindseed.json", OURS) if (folder / "mindseed.json").exists() else {}
     family, config = read_config(data, ours, folder)
     tokenizer = load_tokenizer(folder)
@@ -161,8 +164,11 @@ def require_folder(folder: Path) -> Path:
         hint = f"; beside it there is {', '.join(near[:5])}" if near else ""
         raise UserError(f"{folder} is not a model directory: there is no such folder{hint}")
     if not (folder / "config.json").exists():
-        near = folders_with("config.json", folder)
+        near = [*folders_with("config.json", folder),
+                *(p / "model" for p in folder.parents[:2] if (p / "model" / "config.json").exists())]
         hint = f"; did you mean {near[0]}?" if near else ""
+        if not near and (folder / "checkpoint.json").exists():
+            hint = "; it is a checkpoint, from which its run can go on (--resume) and write a model"
         raise UserError(f"{folder} is not a model directory: it has no config.json{hint}")
     return folder
 
