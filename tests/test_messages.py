@@ -101,3 +101,16 @@ def test_a_checkpoint_is_no_model_but_leads_to_one(capsys, tmp_path):
 def test_a_model_without_its_tokenizer(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mindseed"}')
     assert "tokenizer.json does not exist; copy it there" in complaint(capsys, "chat", tmp_path)
+
+
+def test_noise_is_not_taken_for_code(capsys, tmp_path):
+    for seed in range(200):
+        noise = random.Random(seed).randbytes(2000)
+        (tmp_path / "x.pth").write_bytes(noise if seed % 2 else b"\x80\x02" + noise)       # as a pickle begins
+        said = complaint(capsys, "convert", tmp_path / "x.pth", tmp_path / "out")
+        assert "not a file that torch.save wrote" in said and "stranger" not in said, seed
+    torch.save({}, tmp_path / "x.pth")
+    data = bytearray((tmp_path / "x.pth").read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 16] = 2                            # a zip on two disks
+    (tmp_path / "x.pth").write_bytes(data)
+    assert "not a file that torch.save wrote" in complaint(capsys, "convert", tmp_path / "x.pth", tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any, Callable
@@ -18,6 +19,7 @@ from mindseed.base.files import read_json, write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDEX = "model.safetensors.index.json"
+NOISE = "{file} is truncated or not a file that torch.save wrote ({why}); copy it again"
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, *, max_shard: int) -> None:
@@ -113,13 +115,16 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
+        if re.search("Unsupported operand|String is too long|Can only (append|extend|set)", str(error)):
+            raise UserError(NOISE.format(file=file, why="no pickle")) from None
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({found[1]})" if found else ""
         raise UserError(f"{file} holds more than tensors{what}, and reading that could run a stranger's code, so it is "
                         "not read; save the model's state_dict() alone") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is truncated or not a file that torch.save wrote "
-                        f"({str(error).splitlines()[0][:120]}); copy it again") from None
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+            struct.error, zipfile.BadZipFile) as error:   # whatever torch's reader stumbles over
+        why = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(NOISE.format(file=file, why=why)) from None
     if not isinstance(state, dict):
         raise UserError(f"{file} is no bare state dict: it holds a {type(state).__name__}")
     if odd := [name for name, x in state.items() if not (isinstance(name, str) and isinstance(x, Tensor))]:
