@@ -114,3 +114,11 @@ def test_noise_is_not_taken_for_code(capsys, tmp_path):
     data[data.rindex(b"PK\x06\x07") + 16] = 2                            # a zip on two disks
     (tmp_path / "x.pth").write_bytes(data)
     assert "not a file that torch.save wrote" in complaint(capsys, "convert", tmp_path / "x.pth", tmp_path / "out")
+
+
+def test_what_differs_in_a_list_of_layers_is_named():
+    layer = {"mixer": {"heads": 2, "window": None}, "dim": 8}
+    wide = {"mixer": {"heads": 3, "window": None}, "dim": 8}
+    assert compare({"layers": [layer] * 2, "shape": [1, 2]}, {"layers": [layer, wide, wide], "shape": [1, 3]}) == [
+        "layers: 2 then, 3 now", "layers[1].mixer.heads: 2 then, 3 now", "shape: [1, 2] then, [1, 3] now"]
+    assert compare({"layers": [layer]}, {"layers": [layer]}) == []

@@ -172,15 +172,23 @@ def write_tensors(path: Path, value: Any) -> None:
 
 
 def compare(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: then -> now` for every leaf that differs."""
+    """`name: then, now` for every leaf that differs; of lists of tables only the first pair that does."""
     lines = []
     for key in sorted({*then, *now}):
         a, b, name = then.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(a, dict) and isinstance(b, dict):
             lines += compare(a, b, f"{name}.")
+        elif tables(a) and tables(b):
+            lines += [f"{name}: {len(a)} then, {len(b)} now"] if len(a) != len(b) else []
+            first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+            lines += compare(a[first], b[first], f"{name}[{first}].") if first is not None else []
         elif a != b:
             lines.append(f"{name}: {short(a)} then, {short(b)} now")
     return lines
+
+
+def tables(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def short(value: Any) -> str:
