@@ -13,8 +13,10 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from mindseed import cli
+from mindseed.base.config import leaves
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic
+from mindseed.recipes.options import TrainOptions
 from mindseed.recipes.tokenizer import read_texts
 from mindseed.train.state import compare
 
@@ -122,3 +124,14 @@ def test_what_differs_in_a_list_of_layers_is_named():
     assert compare({"layers": [layer] * 2, "shape": [1, 2]}, {"layers": [layer, wide, wide], "shape": [1, 3]}) == [
         "layers: 2 then, 3 now", "layers[1].mixer.heads: 2 then, 3 now", "shape: [1, 2] then, [1, 3] now"]
     assert compare({"layers": [layer]}, {"layers": [layer]}) == []
+
+
+def test_help_shows_no_default_of_none(capsys, tmp_path):
+    (tmp_path / "x.toml").write_text("[loop]\nsteps = 123\n")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", str(tmp_path / "x.toml"), "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert left.value.code == 0 and "default: None" not in words
+    assert "steps between validations, 0: never [derived: a tenth of all] --loop.validate_documents" in words
+    assert "tokens_per_param] (default: 123) --loop.minutes" in words and "(default: runs/train)" in words
+    assert all(f"--{leaf.name}" in words for leaf in leaves(TrainOptions))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, TypeVar
 
 from mindseed.base.errors import UserError
+from mindseed.base.help import show_help
 
 T = TypeVar("T")
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -323,8 +324,7 @@ def parse(cls: type[T], argv: list[str], *, prog: str = "mindseed", description:
             return options
         merged = from_dict(cls, merge(below, read_toml(preset) if preset else {}), where="the options of the run")
         return plausible(run_tyro(tyro, cls, args, prog, description, merged))
-    return tyro.cli(cls, args=["--help"], prog=prog, description=description, use_underscores=True,
-                    config=(tyro.conf.AvoidSubcommands,), **({} if default is None else {"default": default}))
+    return show_help(cls, prog=prog, description=description, default=default)
 
 
 def plausible(options: T) -> T:

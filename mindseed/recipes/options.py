@@ -86,11 +86,11 @@ class LoopOptions:
                              elsewhere=("gradient_checkpointing",))
     ema: float | None = option(None,
                                help="keep a moving average of the weights with this decay, and save it as the model")
-    validate_every: int | None = option(None, help="steps between validations, 0: never [derived: 10 in a run]",
+    validate_every: int | None = option(None, help="steps between validations, 0: never [derived: a tenth of all]",
                                         elsewhere=("eval_steps", "eval_interval"))
     validate_documents: int = option(500, help="held-out documents used, at most, of each entry of data.train")
-    sample_every: int | None = option(None, help="steps between printed samples, 0: never [derived: 4 in a run]")
-    save_every: int | None = option(None, help="steps between checkpoints, 0: only the last [derived: 10 in a run]",
+    sample_every: int | None = option(None, help="steps between printed samples, 0: never [derived: a quarter of all]")
+    save_every: int | None = option(None, help="steps between checkpoints, 0: only the last [derived: a tenth of all]",
                                     elsewhere=("save_steps", "save_interval STEPS, those of the optimiser"))
     keep: int = option(2, help="checkpoints kept, besides the best one", elsewhere=("save_total_limit",))
 
