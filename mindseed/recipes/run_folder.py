@@ -121,6 +121,11 @@ def say_changes(options: TrainOptions, folder: Path, step: int) -> None:
 def open_run(options: TrainOptions, given: TrainOptions, resumed: Path | None) -> list:
     """Record what this run is, and open its log; on resuming, log lines after the checkpoint are taken back."""
     folder = make_folder(options.out)
+    log = folder / "log.jsonl"
+    if log.exists():
+        step = int(resumed.name.split("-")[1]) if resumed else -1
+        kept = [row for row in read_jsonl(log) if row["step"] <= step]
+        write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     sinks = open_sinks(options.trackers, folder, base_config.to_dict(options), folder.name)
     for name, said in (("given", given), ("config", options)):
         write_text(folder / f"{name}.toml", base_config.to_toml(replace(said, resume="never")))
@@ -128,11 +133,6 @@ def open_run(options: TrainOptions, given: TrainOptions, resumed: Path | None) -
         "command": shlex.join(["mindseed", *sys.argv[1:]]), "version": __version__, "commit": commit(),
         "process": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": describe_machine(),
         "world_size": dist.world_size()})
-    log = folder / "log.jsonl"
-    if log.exists():
-        step = int(resumed.name.split("-")[1]) if resumed else -1
-        kept = [row for row in read_jsonl(log) if row["step"] <= step]
-        write_text(log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     return sinks
 
 
