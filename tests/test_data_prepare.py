@@ -356,3 +356,16 @@ def test_of_many_who_want_a_plan_one_makes_it(tmp_path, monkeypatch):
     with ThreadPoolExecutor(6) as pool:
         plans = list(pool.map(lambda some: pack.plan(some, 32), documents))
     assert len(made) == 1 and len({len(plan) for plan in plans}) == 1
+
+
+def test_overwrite_makes_damaged_shards_again(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+    prepare(file, tmp_path / "out", TOKENIZER)
+    shard = next((tmp_path / "out" / "train").glob("*.safetensors"))
+    whole = shard.read_bytes()
+    for damage in (lambda: shard.write_bytes(whole[:-40] + bytes(40)), lambda: shard.write_bytes(whole[:-9]),
+                   shard.unlink):
+        damage()
+        prepare(file, tmp_path / "out", TOKENIZER, overwrite=True)
+        assert shard.read_bytes() == whole

@@ -16,7 +16,7 @@ from mindseed.models.lm import build
 from mindseed.models.presets import PRESETS, Shape
 from mindseed.models.upcycle import upcycle
 from mindseed.nn.ffn import SwiGLUConfig
-from mindseed.nn.grouped import Combine, Dispatch, GroupedSwiGLU, grouped_swiglu
+from mindseed.nn.grouped import Combine, Dispatch, GroupedSwiGLU, grouped_swiglu, room
 from mindseed.nn.moe import MoE, MoEConfig
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
@@ -279,3 +279,19 @@ def test_experts_multiply_in_the_dtype_in_which_dense_layers_do(monkeypatch, fas
     with torch.autocast("cpu", torch.bfloat16):
         grouped_swiglu(torch.randn(4, 5).bfloat16(), *weights, torch.tensor([3, 1]))
     assert seen == [(torch.bfloat16, torch.bfloat16, torch.bfloat16 if fast else torch.float32, True)]
+
+
+def test_compiled_experts_give_the_same_and_take_other_shapes():
+    model = model_with(BASE).train()
+    plain, compiled = model.blocks[0].ffn, torch.compile(model.blocks[0].ffn, backend="eager")
+    for rows in (2, 3, 5):
+        x = torch.randn(rows, 7, 32, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x)[0], plain(x)[0])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_buffers_are_the_cpus_alone():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        assert room("x", (2, 3), torch.empty(0, device="mps")).device.type == "mps"

@@ -217,6 +217,67 @@ def test_a_longer_row_than_the_model_knows_is_said(go, tmp_path):
     assert "`mindseed extend`" in go(*more, data=False)
 
 
+def test_every_step_is_in_the_log_and_a_run_by_the_clock_takes_its_whole_batch(go, tmp_path):
+    go("--loop.minutes", 0.02, "--loop.micro_batch", 2, "--loop.batch", 8)
+    loop = kept(tmp_path / "run").loop
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(loop.steps + 1)) and loop.batch == 8
+    assert max(row.get("supervised", 0) for row in rows) > 6 * 32                  # of 8 x 32
+    go("--resume", "--loop.steps", loop.steps + 2, data=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(loop.steps + 3))
+
+
+def test_a_batch_by_the_clock_is_the_one_that_is_taken(go, tmp_path, monkeypatch):
+    monkeypatch.setattr("mindseed.recipes.options.batch_rows", lambda *_, **__: 8)
+    monkeypatch.setattr("mindseed.recipes.train.steps_for_minutes", lambda run, minutes: 3)
+    go("--loop.minutes", 1, "--loop.micro_batch", 2)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert kept(tmp_path / "run").loop.batch == 8 and max(row.get("supervised", 0) for row in rows) > 6 * 32
+
+
+def test_a_run_keeps_its_precision(go, tmp_path, monkeypatch):
+    go("--loop.steps", 2, "--loop.precision", "bf16")
+    given = (tmp_path / "run" / "given.toml").read_text().replace('precision = "bf16"', 'precision = "auto"')
+    (tmp_path / "run" / "given.toml").write_text(given)
+    go("--resume", "--loop.steps", 3, data=False)
+    assert kept(tmp_path / "run").loop.precision == "bf16"
+
+
+def test_whether_checkpoints_are_gone_is_judged_by_the_intervals_of_the_run(go, tmp_path):
+    go("--loop.steps", 20, "--loop.batch", 2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "no checkpoint any more" in go("--resume", "--loop.steps", 400, code=2, data=False)
+
+
+def test_a_run_without_its_config_is_still_a_run(go, tmp_path):
+    go("--loop.steps", 2)
+    (tmp_path / "run" / "config.toml").unlink()
+    assert "already holds a run" in go("--loop.steps", 2, code=2)
+    assert "has lost its config.toml" in go("--loop.steps", 4, "--resume", code=2)
+
+
+@pytest.mark.parametrize("name", ["lr", "steps", "batch"])
+def test_a_config_that_lost_a_derived_value(go, tmp_path, name):
+    go("--loop.steps", 2)
+    config = tmp_path / "run" / "config.toml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if not line.startswith(f"{name} =")))
+    assert "has lost" in go("--resume", "--loop.steps", 4, code=2, data=False)
+
+
+def test_a_start_model_is_not_written_over_and_is_known_by_any_spelling(go, tmp_path, monkeypatch):
+    go("--loop.steps", 2)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "run" / "model").rename(tmp_path / "base" / "model")
+    shutil.rmtree(tmp_path / "run")
+    words = ["--data.train", tmp_path / "texts", "--data.seq_len", 32, "--loop.steps"]
+    shutil.copytree(tmp_path / "base" / "model", tmp_path / "run" / "model")
+    assert "would be written over" in go("--init", tmp_path / "run" / "model", *words, 2, code=2, data=False)
+    shutil.rmtree(tmp_path / "run")
+    go("--init", tmp_path / "base" / "model", *words, 2, data=False)
+    go("--resume", "--init", f"{tmp_path}/base/../base/model/", *words, 3, data=False)
+
+
 # ------------------------------------------------------------------------------------------------ kept packing plans
 
 def planned(folder: Path) -> pack.Plan:
@@ -240,16 +301,21 @@ def test_a_plan_that_may_not_be_written_is_made_in_memory(texts, monkeypatch):
     assert np.array_equal(planned(texts).segments, made.segments)
 
 
+def zero_the_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+
+
 @pytest.mark.parametrize("damage", [
     lambda folder: (folder / "plan.safetensors").unlink(),
     lambda folder: (folder / "plan.safetensors").write_bytes((folder / "plan.safetensors").read_bytes()[:-3]),
     lambda folder: (folder / "stats.json").write_text("{"),
+    lambda folder: zero_the_end(folder / "plan.safetensors"),
     lambda folder: folder.rename(folder.with_name(f".{folder.name}.old"))])
 def test_a_damaged_plan_is_made_again(texts, damage):
-    first = planned(texts)
+    first = planned(texts).segments.copy()
     damage(next(texts.rglob("plan.safetensors")).parent)
     again = planned(texts)
-    assert again.mapped is not None and np.array_equal(again.segments, first.segments)
+    assert again.mapped is not None and np.array_equal(again.segments, first)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -105,9 +105,13 @@ def plan(documents: Documents, seq_len: int, *, strategy: Strategy = "best-fit",
 def _from_disk(folder: Path) -> Plan:
     """The plan kept in `folder`; UserError if it is missing or damaged."""
     stats, mapped = Stats(**read_json(folder / "stats.json", STATS)), Mapped(folder / "plan.safetensors")
-    if not {"segments", "rows"} <= mapped.arrays.keys() or len(mapped.arrays["rows"]) != stats.rows + 1:
+    if not {"segments", "rows"} <= mapped.arrays.keys():
         raise UserError(f"{folder} is damaged")
-    return Plan(mapped.arrays["segments"], mapped.arrays["rows"], stats, mapped)
+    segments, rows = mapped.arrays["segments"], mapped.arrays["rows"]
+    if len(rows) != stats.rows + 1 or rows[-1] != len(segments) or segments[:, 2].sum(dtype=np.int64) != stats.slots:
+        raise UserError(f"{folder} is damaged")
+    mapped.release()
+    return Plan(segments, rows, stats, mapped)
 
 
 def _in_memory(documents: Documents, *settings) -> Plan:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -106,6 +107,11 @@ def _already(out: Path, inputs: dict, overwrite: bool) -> bool:
         there = read_json(manifest if manifest.exists() else begun, {"sources": [{"path": str, "sha256": str}]},
                           remedy=f"remove {out} and prepare again")
         differences = list(_differences(there, inputs))
+        if not differences and manifest.exists() and overwrite:
+            with contextlib.suppress(UserError, FileNotFoundError):
+                Prepared(out, verify=True)
+                return True
+            differences = ["it is damaged"]
         if differences and not overwrite:
             raise UserError(f"{out} was prepared from other inputs: {'; '.join(differences)}. "
                             "Choose another folder, or remove this one (`mindseed prepare` does it with --overwrite)")

@@ -24,8 +24,8 @@ def grouped_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: Te
     kind = x.device.type
     keep = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if kind == "cuda" and keep == torch.bfloat16 and gate.shape[1] % 8 == gate.shape[2] % 8 == 0:
-        ends = counts.cumsum(0).to(torch.int32)
-        product = lambda x, w: F.grouped_mm(x.to(keep), w.to(keep).mT, offs=ends)              # noqa: E731
+        ends, x = counts.cumsum(0).to(torch.int32), x.to(keep)
+        product = lambda x, w: F.grouped_mm(x, w.to(keep).mT, offs=ends)                       # noqa: E731
         return product(gated(product(x, gate), product(x, up)), down)
     dtype = product_dtype(x)                      # asked before autocast is off
     with torch.autocast(kind, enabled=False):
@@ -78,7 +78,9 @@ class GroupedSwiGLU(torch.autograd.Function):
 
 def room(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
     """An empty tensor; on the CPU a buffer, valid until its name is asked for again."""
-    return like.new_empty(shape) if like.is_cuda else scratch(f"expert {name}", shape, like.dtype)
+    if like.device.type != "cpu" or torch.compiler.is_compiling():               # compiled code manages its own
+        return like.new_empty(shape)
+    return scratch(f"expert {name}", shape, like.dtype)
 
 
 def load(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:

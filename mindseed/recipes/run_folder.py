@@ -52,7 +52,7 @@ def options_of_run(options: TrainOptions) -> dict[str, Any] | None:
 def begun(folder: Path) -> bool:
     """Whether a run in `folder` has taken a step, or measured anything; before that it may as well start anew."""
     log, kept = folder / "log.jsonl", folder / "checkpoints"
-    return (folder / "config.toml").exists() and (log.exists() and log.stat().st_size > 0 or kept.is_dir())
+    return log.exists() and log.stat().st_size > 0 or kept.is_dir()
 
 
 def given_to(folder: Path) -> TrainOptions:
@@ -61,16 +61,27 @@ def given_to(folder: Path) -> TrainOptions:
     return base_config.load_toml(TrainOptions, given if given.exists() else folder / "config.toml")
 
 
+def resolved(folder: Path) -> TrainOptions:
+    """The options of the run in `folder` with all that was derived. UserError if a derived one is missing."""
+    options = base_config.load_toml(TrainOptions, folder / "config.toml")
+    for name in ("optim.lr", "loop.steps", "loop.batch", "loop.save_every"):
+        if base_config.flatten(options)[name] is None:
+            raise UserError(f"{folder / 'config.toml'} has lost {name}; put it back as it was")
+    return options
+
+
 def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     """Refuse to write over another run; on going on, fill in what the run keeps (see above)."""
+    if begun(folder) and options.resume != "never" and not (folder / "config.toml").exists():
+        raise UserError(f"{folder} holds a run and has lost its config.toml; put it back, or start anew with another "
+                        "--out")
     if options.resume == "newest" and not (folder / "config.toml").exists():
         raise UserError(f"{folder} holds no run to resume; leave out --resume to start one")
     if options.resume == "never" and begun(folder):
         raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
     if options.resume == "never" or not begun(folder):
         return options
-    saved, given = base_config.load_toml(TrainOptions, folder / "config.toml"), given_to(folder)
-    loop = options.loop
+    saved, given, loop = resolved(folder), given_to(folder), options.loop
     if loop.minutes is not None and loop.minutes == given.loop.minutes:
         loop = replace(loop, minutes=None, steps=saved.loop.steps)
     if loop.precision == "auto":
@@ -78,7 +89,8 @@ def claim(options: TrainOptions, folder: Path) -> TrainOptions:
     if loop.batch is None:
         loop = replace(loop, batch=saved.loop.batch)
     then, now = saved.model.start, options.model.start
-    if then != now and (then is None or now is None or Path(then).exists()):
+    other = (then and Path(then).resolve()) != (now and Path(now).resolve())
+    if other and (then is None or now is None or Path(then).exists()):
         raise UserError(f"{folder} started from {then or 'random weights'}, not from {now or 'random weights'}; leave "
                         "out model.start to go on with it, or start another run with another --out")
     if now is not None and not Path(now).exists():
@@ -109,7 +121,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def say_changes(options: TrainOptions, folder: Path, step: int) -> None:
     """A line for every option that is not what it was, and for a learning rate that jumps at this step."""
-    saved = base_config.load_toml(TrainOptions, folder / "config.toml")
+    saved = resolved(folder)
     for name, (then, now) in base_config.diff(replace(saved, out=options.out, resume=options.resume), options).items():
         say(f"changed    {name}: {then} then, {now} now")
     then, now = (learning_rate(o.schedule, peak=o.optim.lr, steps=o.loop.steps)(min(step, o.loop.steps - 1))

@@ -49,7 +49,7 @@ from mindseed.recipes import prepare
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.model_options import MLAOptions, ModelOptions, MoEOptions
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
-from mindseed.recipes.run_folder import alone, begun, claim, open_run, options_of_run, say_changes
+from mindseed.recipes.run_folder import alone, begun, claim, open_run, options_of_run, resolved, say_changes
 from mindseed.train.balance import Balance
 from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
@@ -174,11 +174,13 @@ def check_early(options: TrainOptions) -> None:
         asked += ["model.mla"] if options.model.mla != MLAOptions() else []
         if asked or options.depth is not None:
             raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
+        if Path(start).resolve() == (Path(options.out) / "model").resolve():
+            raise UserError(f"{start} would be written over by the model of this run; choose another --out")
         if named and load_tokenizer(named).hash() != load_tokenizer(require_folder(Path(start))).hash():
             raise UserError(f"{start} was trained with another tokenizer than {named}; leave out data.tokenizer to use "
                             "the model's own")
     for entry in options.data.train:
-        if not (Path(entry) / "manifest.json").exists():
+        if not any((Path(entry) / name).exists() for name in ("manifest.json", ".parts")):
             with contextlib.suppress(StopIteration):
                 if kind_of(next(read_rows([entry], bad=lambda *_: None)).row) == "preference":
                     raise UserError(f"{entry} holds preference pairs (chosen, rejected); this recipe trains on texts "
@@ -296,7 +298,8 @@ def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkp
         return None
     newest = checkpoints.newest()
     if newest is None:
-        log, every = Path(options.out) / "log.jsonl", options.loop.save_every
+        log = Path(options.out) / "log.jsonl"
+        every = resolved(Path(options.out)).loop.save_every if begun(Path(options.out)) else 0
         done = max((row["step"] for row in read_jsonl(log)), default=0) if log.exists() else 0
         if every and done > every:
             raise UserError(f"{options.out} has a log of {done} steps and no checkpoint any more: put its checkpoints "

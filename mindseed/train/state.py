@@ -116,8 +116,9 @@ class Checkpoints:
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, with what it holds; a broken one is passed over with a warning."""
         problems = []
-        for old in self.folder.glob(".step-*.old"):                   # a kill while one was written over
+        for old in self.folder.glob(".step-*.old") if dist.is_main() else []:     # a kill while one was written over
             recover(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
+        dist.barrier()
         for path in reversed(self.found()):
             try:
                 saved = self.read(path)
