@@ -290,7 +290,8 @@ def test_whatever_a_row_holds_it_is_rendered_or_refused(tokenizer, row):
         messages, tools = normalise(row)
     except UserError:
         return
-    encode_chat(tokenizer, messages, tools=tools)
+    ids, trainable = encode_chat(tokenizer, messages, tools=tools)
+    assert len(ids) == len(trainable) and all(0 <= id < tokenizer.vocab_size for id in ids)
 
 
 def test_training_needs_an_answer_and_a_chat_needs_its_special_tokens():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -55,8 +54,8 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
     else a number; 0 allows none. `workers` is the number of processes (default: one per core). `fim_rate` is the share
     of training texts whose middle is told last.
 
-    A second call with the same inputs does nothing. With other inputs it raises a UserError that says what differs,
-    unless `overwrite` removes what is there.
+    A second call with the same inputs does nothing. With other inputs it raises a UserError that says what differs.
+    With `overwrite` what other inputs left is removed, and so is what does not have the sums that were written.
     """
     if not 0 <= heldout < 1:
         raise UserError(f"heldout = {heldout} must be at least 0 and below 1: the share of rows set apart")
@@ -96,6 +95,14 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
     return Prepared(out, tokenizer=tokenizer)
 
 
+def _damaged(out: Path) -> bool:
+    try:
+        Prepared(out, verify=True)
+    except (UserError, FileNotFoundError):
+        return True
+    return False
+
+
 def _already(out: Path, inputs: dict, overwrite: bool) -> bool:
     """True if `out` is finished with these inputs; makes it ready for a new or continued run otherwise."""
     manifest, begun = out / "manifest.json", out / ".parts" / "inputs.json"
@@ -107,15 +114,10 @@ def _already(out: Path, inputs: dict, overwrite: bool) -> bool:
         there = read_json(manifest if manifest.exists() else begun, {"sources": [{"path": str, "sha256": str}]},
                           remedy=f"remove {out} and prepare again")
         differences = list(_differences(there, inputs))
-        if not differences and manifest.exists() and overwrite:
-            with contextlib.suppress(UserError, FileNotFoundError):
-                Prepared(out, verify=True)
-                return True
-            differences = ["it is damaged"]
         if differences and not overwrite:
             raise UserError(f"{out} was prepared from other inputs: {'; '.join(differences)}. "
                             "Choose another folder, or remove this one (`mindseed prepare` does it with --overwrite)")
-        if not differences:
+        if not differences and not (overwrite and manifest.exists() and _damaged(out)):
             if manifest.exists():
                 shutil.rmtree(out / ".parts", ignore_errors=True)   # a kill may have come just before this
             return manifest.exists()

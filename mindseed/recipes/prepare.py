@@ -32,7 +32,7 @@ class Options:
                                            "number; 0: none")
     fim_rate: float = option(0.0, help="share of the texts to train on that are told with their middle last "
                                        "(fill in the middle; 0.1 is usual)")
-    overwrite: bool = option(False, help="replace what other inputs left in the folder")
+    overwrite: bool = option(False, help="replace what other inputs left in the folder, or what is damaged")
 
 
 def main(options: Options) -> None:
