@@ -84,10 +84,12 @@ def room(name: str, shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def load(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, in a buffer."""
     return room(name, x.shape, x.new_empty(0, dtype=dtype)).copy_(x)
 
 
 def product(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """a b, in a buffer."""
     return torch.mm(a, b, out=room(name, (a.shape[0], b.shape[1]), a))
 
 

@@ -1,8 +1,7 @@
 """The options of a training run, and how what is left open follows from the rest.
 
-Whatever is None is derived and printed: `--depth N` gives the model's shape; the
-number of parameters gives the number of tokens to train on; both together give the batch and the learning rate. Any of
-it may be set.
+Whatever is None is derived and printed: `--depth N` gives the model's shape; the number of parameters gives the number
+of tokens to train on; both together give the batch and the learning rate. Any of it may be set.
 """
 from __future__ import annotations
 
