@@ -18,7 +18,7 @@ import torch
 from benchmarks import common
 from benchmarks.corpora import prepared
 from mindseed.base.files import make_folder
-from mindseed.base.log import read_jsonl, si
+from mindseed.base.log import si
 from mindseed.data.loader import Evaluation, PackedRows, RowSource
 from mindseed.models.lm import build
 from mindseed.models.presets import TOY, LatentShape, Shape
@@ -121,7 +121,7 @@ def main() -> None:
     data, _, source = prepared("text", FOLDER)
     precision = choose_precision("auto", torch.device("cpu"))
     log = FOLDER / "runs.jsonl"
-    done = list(read_jsonl(log)) if log.exists() else []
+    done = [json.loads(line) for line in open(log, encoding="utf-8")] if log.exists() else []
     for seed in range(SEEDS):
         for name in sys.argv[1:] or VARIANTS:
             if any((line["variant"], line["seed"]) == (name, seed) for line in done):
