@@ -21,7 +21,7 @@ from mindseed.base.files import sha256
 from mindseed.data import pack
 from mindseed.data import prepare as preparing
 from mindseed.data.loader import Evaluation, PackedSource
-from mindseed.data.prepare import prepare
+from mindseed.data.prepare import prepare, write_prepared
 from mindseed.data.shards import Mapped, Prepared, ShardedDocuments
 from mindseed.tokenizers.base import BOS_ID, EOS_ID
 from mindseed.tokenizers.byte import Byte
@@ -369,3 +369,13 @@ def test_overwrite_makes_damaged_shards_again(tmp_path):
         damage()
         prepare(file, tmp_path / "out", TOKENIZER, overwrite=True)
         assert shard.read_bytes() == whole
+
+
+def test_documents_made_by_a_program_keep_what_each_token_counts(tmp_path):
+    documents = [([1, 70, 71, 72], [0, 0, 16, 1]), ([80, 81, 82], None)]
+    made = write_prepared(tmp_path / "made", Byte(), {"train": documents, "heldout": documents[:1]}, "memory")
+    assert made.manifest["splits"]["train"]["supervised"] == 5 and made.split("heldout").lengths.tolist() == [4]
+    batch = next(PackedSource(made.split("train"), seq_len=8, batch_size=1))
+    counted = {int(t): float(w) for t, w in zip(batch.targets[0], batch.weights[0]) if w}
+    assert counted == {71: 16.0, 72: 1.0, 81: 1.0, 82: 1.0}
+    assert write_prepared(tmp_path / "made", Byte(), {}, "memory").manifest == made.manifest       # finished: kept

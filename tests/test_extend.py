@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from mindseed.models.extend import extended
 from mindseed.models.lm import build
 from mindseed.models.presets import PRESETS, Shape
 from mindseed.nn.rope import LinearScaling, RopeConfig, YarnScaling
-from mindseed.tasks.context import NEEDLES, hide, loss_by_position, recall, streams
+from mindseed.tasks.context import NEEDLES, WEIGHT, hide, loss_by_position, quiz, recall, streams
 from mindseed.tokenizers.byte import Byte
 
 SHAPE = Shape(layers=2, dim=32, heads=2, kv_heads=1, head_dim=16, ffn_dim=48)
@@ -80,6 +81,29 @@ def test_a_needle_stands_where_it_should_and_is_asked_for_at_the_end(depth, seed
     assert abs(before - depth * (300 - 2 * len(question.encode()) - 6)) < 6
 
 
+@pytest.mark.parametrize("length", [96, 128, 300, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_quiz_weighs_the_digits_that_can_be_known_and_no_other_token(length, seed):
+    tokenizer = Byte()
+    ids, weights = quiz(tokenizer, tokenizer.encode("hay with 7 in it " * 99), length=length, seed=seed)
+    assert len(ids) == len(weights) == length and weights[-1] == WEIGHT and set(weights) == {0, WEIGHT}
+    text = tokenizer.decode(ids)
+    said = re.findall(r"digit of (\w{4}) is (\d)|(\w{4})的密码是(\d)", text, re.ASCII)
+    names = [(a or c, b or d) for a, b, c, d in said]
+    assert len(dict(names)) == len(set(names)) <= 4                        # a name has one digit
+    assert sum(w > 0 for w in weights) == len(names) - len(set(names)) >= 1   # all but the first time
+    for at in (i for i, w in enumerate(weights) if w):
+        before = tokenizer.decode(ids[:at])
+        question = before.rsplit("\n", 1)[1]
+        assert before.count(question + tokenizer.decode([ids[at]])) == before.count(question) - 1 > 0
+    assert quiz(tokenizer, tokenizer.encode("hay with 7 in it " * 99), length=length, seed=seed) == (ids, weights)
+
+
+def test_a_quiz_without_room_is_refused():
+    with pytest.raises(UserError, match="a quiz of 20 tokens"):
+        quiz(Byte(), [1] * 99, length=20, seed=0)
+
+
 def test_recall_counts_the_likeliest_digit():
     model, tokenizer = build(config(seq_len=400), seed=1).eval(), Byte()
     needles = [hide(tokenizer, tokenizer.encode("hay " * 99), length=200, depth=0.5, seed=i) for i in range(12)]
@@ -99,14 +123,17 @@ def test_the_recipe_extends_measures_and_goes_on(tmp_path, capsys):
     save_directory(model, Byte(), tmp_path / "base")
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in World(1).pretrain(300)))
-    command = ["extend", str(tmp_path / "base"), "--data", str(file), "--lengths", "256", "512", "--steps", "2",
+    command = ["extend", str(tmp_path / "base"), "--data", str(file), "--lengths", "128", "256", "512", "--steps", "2",
                "--batch_tokens", "1024", "--needles", "5", "--out", str(tmp_path / "long"), "--device", "cpu"]
     assert cli.main(command) == 0
     figures = json.loads((tmp_path / "long" / "context.json").read_text())
-    assert figures["trained"] == 512 and figures["lengths"] == [128, 256, 512]
-    for when in ("before", "after"):
-        assert set(figures[when]["recall"]) == {"128", "256", "512"}
-        assert all(0 < bits < 12 for bits in figures[when]["bits_per_token"])
+    assert figures["first"] == 128 and figures["lengths"] == [128, 256, 512]
+    assert list(figures["measured"]) == ["before", "128", "256", "512"]
+    for measured in figures["measured"].values():
+        assert set(measured["recall"]) == {"128", "256", "512"}
+        assert all(0 < bits < 12 for bits in measured["bits_per_token"])
+    own = load_directory(tmp_path / "long" / "128" / "model").model.config
+    assert own == config(seq_len=128)                                      # its own length: nothing is stretched
     end = load_directory(tmp_path / "long" / "512" / "model").model.config
     assert end.seq_len == 512
     assert end.layers[0].mixer.rope.scaling == YarnScaling(factor=4.0, original=128)

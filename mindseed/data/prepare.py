@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -92,6 +94,27 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
             progress(sum(job.rows.values()), len(job.parts), len(job.skipped))
     save_tokenizer(tokenizer, out / "tokenizer")
     job.finish(inputs)
+    return Prepared(out, tokenizer=tokenizer)
+
+
+def write_prepared(out: Path, tokenizer: Any, splits: dict[str, list[tuple[list[int], list[int] | None]]],
+                   name: str) -> Prepared:
+    """A prepared folder of documents that a program made: (ids, how much each token counts) by split; `name` stands for
+    the file they come from. Does nothing if the folder is finished."""
+    if not (out / "manifest.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        encoder, job = Encoder(tokenizer, 0.0, 0), _Job(out, [name], 0.0, SHARD_TOKENS)
+        documents = [(i, split, ids, weights, sum(w > 0 for w in weights or ids))
+                     for split, some in splits.items() for i, (ids, weights) in enumerate(some)]
+        job.resume()
+        job.add(Encoded(0, len(documents), {"text": len(documents)},
+                        {split: sum(d[4] for d in documents if d[1] == split) for split in SPLITS},
+                        {split: encoder._pieces(some, 0) for split in splits
+                         if (some := [d for d in documents if d[1] == split])}))
+        save_tokenizer(tokenizer, out / "tokenizer")
+        digest = hashlib.sha256(json.dumps([d[2:4] for d in documents]).encode()).hexdigest()
+        job.finish({"schema": SCHEMA, "tokenizer_hash": tokenizer.hash(), "vocab_size": tokenizer.vocab_size,
+                    "template_hash": None, "heldout": 0.0, "sources": [{"path": name, "bytes": 0, "sha256": digest}]})
     return Prepared(out, tokenizer=tokenizer)
 
 

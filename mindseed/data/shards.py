@@ -4,10 +4,11 @@ A prepared folder holds `manifest.json` and, for each split, shards of a few mil
 file, so any tool can open it:
 
     ids        uint16 or uint32 (tokens,)       all documents, one after another
-    trainable  uint8 (tokens,)                  1 where a chat's token is to be learned; absent if every token is
+    trainable  uint8 (tokens,)                  how much a token counts: of a chat 1 where it is to be
+                                                learned, else 0; absent if every token is
     offsets    int64 (documents + 1,)           document i is ids[offsets[i]:offsets[i+1]]
     bytes      int64 (documents,)               UTF-8 bytes of the text that is learned, for bits per byte
-    chat       uint8 (documents,)               1 for a conversation, 0 for text
+    chat       uint8 (documents,)               1 if `trainable` says which count, 0: all
     source     int32 (documents,)               the file it came from: an index into the manifest's sources
     line       int64 (documents,)               and the line there
 
@@ -49,7 +50,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 class Documents(Protocol):
     """A split of a data set: what packing and loading need to know of it.
 
-    Document i has `lengths[i]` tokens, ids and, for a conversation, which of them are trainable (None: all).
+    Document i has `lengths[i]` tokens, ids and, for a conversation, how much each counts: 0 or 1 (None: all count 1).
     """
 
     lengths: np.ndarray            # (documents,) int64, tokens

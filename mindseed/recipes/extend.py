@@ -1,16 +1,16 @@
-"""Extend a trained model's context in phases, and measure how far it sees before and after.
+"""Extend a trained model's context in phases, and measure how far it sees before and after each.
 
   mindseed extend runs/base/model --data corpus.jsonl --lengths 2048 8192 --out runs/long
 
 Each phase stretches the rotary positions by YaRN (2309.00071) and trains on at that length, on your texts, one after
-the other in every row, mixed with texts in which a sentence must be found again (tasks/context.py): a model that has
-never had to reach back does not learn to from more room alone. Before the first phase and after the last, loss by
-position and needle recall are measured at 1, 2, 4 ... times the first length, on texts held out. The model directory
-records the length it was trained on; the figures are in context.json and context.html of the run's folder.
+the other in every row, mixed with texts in which a name's digit must be found again (tasks/context.py): a model that
+has never had to reach back does not learn to from more room alone. The first length may be the model's own: it then
+learns to reach back before it is stretched. Loss by position and needle recall are measured on texts held out, at 1, 2,
+4 ... times the model's length. The model directory records the length it was trained on; the figures are in
+context.json and context.html of the run's folder.
 """
 from __future__ import annotations
 
-import json
 import math
 import random
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ from mindseed.base.errors import UserError
 from mindseed.base.files import make_folder, read_json, write_json, write_text
 from mindseed.base.log import notes, say, table
 from mindseed.core import Tokenizer
+from mindseed.data.prepare import write_prepared
 from mindseed.data.shards import Documents, Prepared
-from mindseed.interop.directory import load_directory
+from mindseed.interop.directory import Loaded, load_directory
 from mindseed.models.extend import extended
 from mindseed.models.lm import LM
 from mindseed.optim.groups import OptimConfig
@@ -36,9 +37,11 @@ from mindseed.recipes.machine import choose_device
 from mindseed.recipes.model_options import ModelOptions
 from mindseed.recipes.options import DataOptions, LoopOptions, TrainOptions
 from mindseed.recipes.report import template
-from mindseed.tasks.context import hide, loss_by_position, recall, streams
+from mindseed.tasks.context import hide, loss_by_position, quiz, recall, streams
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FIGURES = {"first": int, "needles": int, "measured": {str: {"edges": [int], "bits_per_token": [float],
+                                                            "recall": {str: float}}}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,10 @@ class Options:
     model: str = option("", help="model directory to start from", positional=True)
     data: tuple[str, ...] = option((), help="texts to train on and to measure with: files, folders or globs")
     lengths: tuple[int, ...] = option((2048, 8192), help="context of each phase, in tokens, rising")
-    steps: int = option(200, help="optimiser steps of each phase")
-    batch_tokens: int = option(16384, help="tokens of an optimiser step (at least one row)")
+    steps: int = option(300, help="optimiser steps of each phase")
+    batch_tokens: int = option(8192, help="tokens of an optimiser step (at least one row)")
     lr: float | None = option(None, help="peak learning rate [derived: a fifth of what training from nothing takes]")
-    needle_share: float = option(0.2, help="share of the rows in which a sentence must be found again")
+    needle_share: float = option(0.3, help="share of the rows in which digits must be found again")
     needles: int = option(50, help="needles per length in the test")
     heldout: float = option(0.05, help="share of the texts to measure with, chosen by their hash")
     out: str = option("runs/long", help="folder of the phases, the figures and the model; goes on where it stopped")
@@ -72,55 +75,59 @@ def main(options: Options) -> None:
     device, out = choose_device(options.device), make_folder(options.out)
     base = load_directory(options.model, device=device)
     first, tokenizer = base.model.config.seq_len, base.tokenizer
-    extended(base.model.config, options.lengths[0])                   # says now what would fail in an hour
+    if options.lengths != (first,):
+        extended(base.model.config, next(n for n in options.lengths if n != first))   # says now what would fail later
     prepare.main(prepare.Options(paths=options.data, out=str(out / "data"), tokenizer=options.model,
                                  heldout=options.heldout, seed=options.seed))
     texts = Prepared(out / "data")
-    lengths = [n for n in (first * 2**i for i in range(20)) if n <= max(4 * first, options.lengths[-1])]
-    figures = read_json(out / "context.json") if (out / "context.json").exists() else {}
-    if "before" not in figures:
-        figures["before"] = measure(base.model, tokenizer, texts.split("heldout"), lengths, options)
-        write_json(out / "context.json", figures)
-    start = options.model
-    for length in options.lengths:
-        folder = out / f"{length}"
-        if not (folder / "model").exists():
-            start = str(train.train(phase(options, start, length, texts, tokenizer, base.model.config.dim), device))
-        start = str(folder / "model")
-    after = load_directory(start, device=device)
-    figures |= {"first": first, "needles": options.needles, "lengths": lengths, "trained": after.model.config.seq_len,
-                "after": measure(after.model, tokenizer, texts.split("heldout"), lengths, options)}
-    write_json(out / "context.json", figures)
-    report(figures, out)
-    say(f"\nThe model is in {start}; it was trained on texts of {after.model.config.seq_len} tokens.")
+    longest = max(4 * first, options.lengths[-1])
+    figures = (read_json(out / "context.json", FIGURES) if (out / "context.json").exists() else
+               {"first": first, "needles": options.needles, "lengths": [], "measured": {}})
+    figures["lengths"] = [n for n in (first * 2**i for i in range(20)) if n <= longest]
+    start, stages = options.model, ["before", *map(str, options.lengths)]
+    for stage in stages:
+        if stage != "before":
+            folder = out / stage / "model"
+            start = str(folder if folder.exists() else
+                        train.train(phase(options, start, int(stage), texts, base), device))
+        if stage not in figures["measured"]:
+            model = base.model if stage == "before" else load_directory(start, device=device).model
+            figures["measured"][stage] = measure(model, tokenizer, texts.split("heldout"), figures["lengths"], options)
+            write_json(out / "context.json", figures)
+    report(figures, stages, out)
+    say(f"\nThe model is in {start}; it was trained on texts of {options.lengths[-1]} tokens.")
 
 
-def phase(options: Options, start: str, length: int, texts: Prepared, tokenizer: Tokenizer, dim: int) -> TrainOptions:
+def phase(options: Options, start: str, length: int, texts: Prepared, base: Loaded) -> TrainOptions:
     """The training run of one length."""
-    file = Path(options.out) / f"needles-{length}.jsonl"
-    if not file.exists():
-        rows = needle_rows(tokenizer, texts.split("train"), length, count=max(20, options.steps), seed=options.seed)
-        write_text(file, "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows))
-    batch = max(1, options.batch_tokens // length)
+    folder, batch = Path(options.out) / f"needles-{length}", max(1, options.batch_tokens // length)
+    tokens = options.needle_share * options.steps * batch * length
+    splits = {split: quizzes(base.tokenizer, texts.split(split), length, tokens=share * tokens, seed=options.seed)
+              for split, share in (("train", 1.0), ("heldout", 0.05))}
+    write_prepared(folder, base.tokenizer, splits, f"needles in {length} tokens")
     return TrainOptions(
         out=str(Path(options.out) / str(length)), resume="auto", seed=options.seed, device=options.device,
-        model=ModelOptions(start=start, extend=True),
-        data=DataOptions(train=(str(texts.folder), str(file)), weights=(1 - options.needle_share, options.needle_share),
-                         seq_len=length, cross_documents=True, heldout=0.05),
-        optim=OptimConfig(lr=options.lr or 0.004 / dim**0.5), schedule=ScheduleConfig(warmup_steps=10),
+        model=ModelOptions(start=start, extend=length > base.model.config.seq_len),
+        data=DataOptions(train=(str(texts.folder), str(folder)), weights=(1 - options.needle_share,
+                                                                          options.needle_share),
+                         seq_len=length, cross_documents=True),
+        optim=OptimConfig(lr=options.lr), schedule=ScheduleConfig(warmup_steps=10, decay=0.4),
         loop=LoopOptions(steps=options.steps, batch=batch, sample_every=0, validate_documents=20))
 
 
-def needle_rows(tokenizer: Tokenizer, documents: Documents, length: int, *, count: int, seed: int) -> list[str]:
-    """Texts of about `length` tokens that end with the answer to a question about a sentence in them."""
-    rng, rows = random.Random(seed + length), []
-    for i in range(count):
+def quizzes(tokenizer: Tokenizer, documents: Documents, length: int, *, tokens: float,
+            seed: int) -> list[tuple[list[int], list[int]]]:
+    """About so many tokens of texts with questions (ids, weights). Short ones, from 96 tokens on, teach the trick and
+    long ones the distance: their lengths are spread evenly over the powers of two up to `length`."""
+    rng, made = random.Random(seed + length), []
+    while tokens > 0:
+        size = round(min(96, length) * (length / min(96, length))**rng.random())
         hay: list[int] = []
-        while len(hay) < length:
+        while len(hay) < size:
             hay += documents.get(rng.randrange(len(documents)))[0].tolist()
-        needle = hide(tokenizer, hay, length=length - 16, depth=rng.random(), seed=rng.randrange(1 << 40))
-        rows.append(tokenizer.decode([*needle.ids, needle.digits[needle.answer]], skip_special=True) + ".")
-    return rows
+        made.append(quiz(tokenizer, hay, length=size, seed=rng.randrange(1 << 40)))
+        tokens -= size
+    return made
 
 
 def measure(model: LM, tokenizer: Tokenizer, heldout: Documents, lengths: list[int],
@@ -144,23 +151,23 @@ def measure(model: LM, tokenizer: Tokenizer, heldout: Documents, lengths: list[i
     return {"edges": edges, "bits_per_token": loss, "recall": found}
 
 
-def report(figures: dict[str, Any], out: Path) -> None:
+def report(figures: dict[str, Any], stages: list[str], out: Path) -> None:
     """Two tables on the terminal and the curves as a page."""
-    before, after = figures["before"], figures["after"]
-    spans = [f"{a}-{b}" for a, b in zip(before["edges"], before["edges"][1:])]
-    table("loss by position, bits per token", ["tokens", "before", "after"],
-          [[span, f"{x:.3f}", f"{y:.3f}"] for span, x, y in zip(spans, before["bits_per_token"],
-                                                                after["bits_per_token"])])
-    table("needle recall (chance: 10%)", ["tokens", "before", "after"],
-          [[n, f"{100 * before['recall'][n]:.0f}%", f"{100 * after['recall'][n]:.0f}%"] for n in before["recall"]])
+    some = {stage if stage == "before" else f"after {stage}": figures["measured"][stage] for stage in stages}
+    edges = figures["measured"]["before"]["edges"]
+    table("loss by position, bits per token", ["tokens", *some],
+          [[f"{a}-{b}", *(f"{m['bits_per_token'][i]:.3f}" for m in some.values())]
+           for i, (a, b) in enumerate(zip(edges, edges[1:]))])
+    table("needle recall (chance: 10%)", ["tokens", *some],
+          [[str(n), *(f"{100 * m['recall'][str(n)]:.0f}%" for m in some.values())] for n in figures["lengths"]])
     log2 = lambda x: math.log2(max(1, x))                                          # noqa: E731
-    styles = (("before", before, "s0"), ("after", after, "s1"))
-    middles = [log2((a + b) / 2) for a, b in zip(before["edges"], before["edges"][1:])]
-    loss = line_chart([Curve(name=name, points=list(zip(middles, some["bits_per_token"])), style=style)
-                       for name, some, style in styles], label="loss by position", x_label="log2 of the position")
-    found = line_chart([Curve(name=name, points=[(log2(int(n)), 100 * x) for n, x in some["recall"].items()],
-                              style=style) for name, some, style in styles],
+    middles = [log2((a + b) / 2) for a, b in zip(edges, edges[1:])]
+    styles = {name: f"s{min(i, 4)}" for i, name in enumerate(some)}
+    loss = line_chart([Curve(name=name, points=list(zip(middles, m["bits_per_token"])), style=styles[name])
+                       for name, m in some.items()], label="loss by position", x_label="log2 of the position")
+    found = line_chart([Curve(name=name, points=[(log2(int(n)), 100 * x) for n, x in m["recall"].items()],
+                              style=styles[name]) for name, m in some.items()],
                        label="needle recall", unit="%", x_label="log2 of the length", from_zero=True)
-    page = template("context.html.j2").render(loss=loss, recall=found,
-                                              **{key: figures[key] for key in ("first", "trained", "needles")})
+    page = template("context.html.j2").render(loss=loss, recall=found, styles=styles, trained=stages[-1],
+                                              **{key: figures[key] for key in ("first", "needles")})
     write_text(out / "context.html", page)

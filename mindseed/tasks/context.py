@@ -19,6 +19,7 @@ from mindseed.models.lm import LM
 
 NEEDLES = (("The secret digit of {} is ", "{}.\n"), ("{}的密码是", "{}。\n"))      # before the digit, and after it
 LETTERS = "BCDFGHKLMNPRSTVWXZ"
+WEIGHT = 16                # of an answer among tokens of text when a model is trained on them: they are few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,22 @@ def loss_by_position(model: LM, texts: Sequence[Sequence[int]], edges: Sequence[
     return [bits[a:b].mean().item() for a, b in zip(edges, edges[1:])]
 
 
-def hide(tokenizer: Tokenizer, hay: Sequence[int], *, length: int, depth: float, seed: int) -> Needle:
-    """A needle in `length` tokens of `hay`, question included. UserError if the tokenizer has no token for a digit."""
-    rng = random.Random(seed)
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence that gives a name's digit: `question`, then the digit, then `end`; `digits` are the ids of 0 to 9."""
+
+    question: list[int]
+    digits: list[int]
+    end: list[int]
+    answer: int
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.question, self.digits[self.answer], *self.end]
+
+
+def sentence(tokenizer: Tokenizer, rng: random.Random) -> Sentence:
+    """One of a name nobody has heard of. UserError if the tokenizer has no token for a digit."""
     before, after = NEEDLES[rng.randrange(len(NEEDLES))]
     name, answer = "".join(rng.choices(LETTERS, k=4)), rng.randrange(10)
     question = tokenizer.encode("\n" + before.format(name))
@@ -64,12 +78,46 @@ def hide(tokenizer: Tokenizer, hay: Sequence[int], *, length: int, depth: float,
               == len(question) + 1 and digit[:-1] == question]
     if len(digits) < 10:
         raise UserError("this tokenizer joins digits with what stands before them, so no needle can be asked for")
-    needle = question + [digits[answer]] + tokenizer.encode(after.format(""))
-    room = length - len(needle) - len(question)
+    return Sentence(question, digits, tokenizer.encode(after.format("")), answer)
+
+
+def hide(tokenizer: Tokenizer, hay: Sequence[int], *, length: int, depth: float, seed: int) -> Needle:
+    """A needle in `length` tokens of `hay`, question included. UserError if the tokenizer has no token for a digit."""
+    some = sentence(tokenizer, random.Random(seed))
+    room = length - len(some.ids) - len(some.question)
     if room < 0 or len(hay) < room:
         raise UserError(f"a haystack of {length} tokens needs {max(room, 0)} tokens of text; there are {len(hay)}")
     cut = round(depth * room)
-    return Needle(ids=[*hay[:cut], *needle, *hay[cut:room], *question], digits=digits, answer=answer, depth=depth)
+    return Needle(ids=[*hay[:cut], *some.ids, *hay[cut:room], *some.question], digits=some.digits, answer=some.answer,
+                  depth=depth)
+
+
+def quiz(tokenizer: Tokenizer, hay: Sequence[int], *, length: int, seed: int) -> tuple[list[int], list[int]]:
+    """(ids, weights) of a text to learn reaching back from: up to four names in `length` tokens of `hay`, each asked
+    for again and again. Only digits that can be known weigh anything; the last token is one of them.
+
+    A needle asked for once is one token in a whole text, which no short training notices; here half of the text may be
+    sentences. UserError if `length` has no room for a sentence and its question.
+    """
+    rng = random.Random(seed)
+    names = [sentence(tokenizer, rng) for _ in range(rng.randint(1, max(1, min(4, length // 64))))]
+    said = [rng.choice(names)]
+    while sum(len(some.ids) for some in said) + len((some := rng.choice(names)).ids) <= length // 2:
+        said.append(some)
+    last = rng.choice(said)
+    room = length - sum(len(some.ids) for some in said) - len(last.question) - 1
+    if room < 0 or len(hay) < room:
+        raise UserError(f"a quiz of {length} tokens needs {max(room, 0)} tokens of text; there are {len(hay)}")
+    ids, weights, known, at = [], [], set(), 0
+    for cut, some in zip(sorted(rng.randint(0, room) for _ in said), said):
+        ids += [*hay[at:cut], *some.ids]
+        weights += [0] * (len(ids) - len(weights))
+        if id(some) in known:
+            weights[-1 - len(some.end)] = WEIGHT
+        known.add(id(some))
+        at = cut
+    ids += [*hay[at:room], *last.question, last.digits[last.answer]]
+    return ids, [*weights, *[0] * (len(ids) - len(weights) - 1), WEIGHT]
 
 
 @torch.inference_mode()
