@@ -138,8 +138,12 @@ def test_the_recipe_extends_measures_and_goes_on(tmp_path, capsys):
     assert end.seq_len == 512
     assert end.layers[0].mixer.rope.scaling == YarnScaling(factor=4.0, original=128)
     assert "<svg" in (tmp_path / "long" / "context.html").read_text()
+    figures["measured"]["before"]["recall"].pop("512")                     # as of a run that had ended earlier
+    (tmp_path / "long" / "context.json").write_text(json.dumps(figures))
     weights = (tmp_path / "long" / "512" / "model" / "model.safetensors").read_bytes()
     assert cli.main(command) == 0                                         # nothing is trained again
+    again = json.loads((tmp_path / "long" / "context.json").read_text())["measured"]["before"]
+    assert set(again["recall"]) == {"128", "256", "512"}
     assert (tmp_path / "long" / "512" / "model" / "model.safetensors").read_bytes() == weights
     capsys.readouterr()
     assert cli.main(["extend", str(tmp_path / "base"), "--data", str(file), "--lengths", "64"]) == 2

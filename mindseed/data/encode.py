@@ -106,7 +106,7 @@ class Encoder:
         documents.sort(key=lambda document: document[0])              # by line; stable, so pairs stay together
         for split in SPLITS:
             if mine := [document for document in documents if document[1] == split]:
-                done.splits[split] = self._pieces(mine, chunk.source)
+                done.splits[split] = self.pieces(mine, chunk.source)
                 done.supervised[split] = sum(
                     len(ids) - 1 if mask is None else sum(mask[1:]) for _, _, ids, mask, _ in mine)
         done.skipped.sort()
@@ -160,7 +160,7 @@ class Encoder:
                 documents.extend(group)
         return documents
 
-    def _pieces(self, documents: list[tuple], source: int) -> Pieces:
+    def pieces(self, documents: list[tuple], source: int) -> Pieces:
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
         lines, _, ids, masks, sizes = zip(*documents)
         trainable = None

@@ -104,12 +104,13 @@ def write_prepared(out: Path, tokenizer: Any, splits: dict[str, list[tuple[list[
     if not (out / "manifest.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         encoder, job = Encoder(tokenizer, 0.0, 0), _Job(out, [name], 0.0, SHARD_TOKENS)
-        documents = [(i, split, ids, weights, sum(w > 0 for w in weights or ids))
+        documents = [(i, split, ids, weights,
+                      len(ids) - 1 if weights is None else sum(w > 0 for w in weights[1:]))
                      for split, some in splits.items() for i, (ids, weights) in enumerate(some)]
         job.resume()
         job.add(Encoded(0, len(documents), {"text": len(documents)},
                         {split: sum(d[4] for d in documents if d[1] == split) for split in SPLITS},
-                        {split: encoder._pieces(some, 0) for split in splits
+                        {split: encoder.pieces(some, 0) for split in splits
                          if (some := [d for d in documents if d[1] == split])}))
         save_tokenizer(tokenizer, out / "tokenizer")
         digest = hashlib.sha256(json.dumps([d[2:4] for d in documents]).encode()).hexdigest()

@@ -81,7 +81,8 @@ def main(options: Options) -> None:
                                  heldout=options.heldout, seed=options.seed))
     texts = Prepared(out / "data")
     longest = max(4 * first, options.lengths[-1])
-    figures = (read_json(out / "context.json", FIGURES) if (out / "context.json").exists() else
+    figures = (read_json(out / "context.json", FIGURES, remedy="remove it to measure again")
+               if (out / "context.json").exists() else
                {"first": first, "needles": options.needles, "lengths": [], "measured": {}})
     figures["lengths"] = [n for n in (first * 2**i for i in range(20)) if n <= longest]
     start, stages = options.model, ["before", *map(str, options.lengths)]
@@ -90,7 +91,8 @@ def main(options: Options) -> None:
             folder = out / stage / "model"
             start = str(folder if folder.exists() else
                         train.train(phase(options, start, int(stage), texts, base), device))
-        if stage not in figures["measured"]:
+        there = figures["measured"].get(stage, {"recall": ()})["recall"]
+        if set(there) != set(map(str, figures["lengths"])):           # not yet, or for other lengths
             model = base.model if stage == "before" else load_directory(start, device=device).model
             figures["measured"][stage] = measure(model, tokenizer, texts.split("heldout"), figures["lengths"], options)
             write_json(out / "context.json", figures)
@@ -102,9 +104,10 @@ def phase(options: Options, start: str, length: int, texts: Prepared, base: Load
     """The training run of one length."""
     folder, batch = Path(options.out) / f"needles-{length}", max(1, options.batch_tokens // length)
     tokens = options.needle_share * options.steps * batch * length
-    splits = {split: quizzes(base.tokenizer, texts.split(split), length, tokens=share * tokens, seed=options.seed)
-              for split, share in (("train", 1.0), ("heldout", 0.05))}
-    write_prepared(folder, base.tokenizer, splits, f"needles in {length} tokens")
+    if not (folder / "manifest.json").exists():
+        splits = {split: quizzes(base.tokenizer, texts.split(split), length, tokens=share * tokens, seed=options.seed)
+                  for split, share in (("train", 1.0), ("heldout", 0.05))}
+        write_prepared(folder, base.tokenizer, splits, f"needles in {length} tokens")
     return TrainOptions(
         out=str(Path(options.out) / str(length)), resume="auto", seed=options.seed, device=options.device,
         model=ModelOptions(start=start, extend=length > base.model.config.seq_len),

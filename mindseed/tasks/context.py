@@ -106,8 +106,10 @@ def quiz(tokenizer: Tokenizer, hay: Sequence[int], *, length: int, seed: int) ->
         said.append(some)
     last = rng.choice(said)
     room = length - sum(len(some.ids) for some in said) - len(last.question) - 1
-    if room < 0 or len(hay) < room:
-        raise UserError(f"a quiz of {length} tokens needs {max(room, 0)} tokens of text; there are {len(hay)}")
+    if room < 0:
+        raise UserError(f"a quiz of {length} tokens has no room for a sentence and its question; make it longer")
+    if len(hay) < room:
+        raise UserError(f"a quiz of {length} tokens needs {room} tokens of text; there are {len(hay)}")
     ids, weights, known, at = [], [], set(), 0
     for cut, some in zip(sorted(rng.randint(0, room) for _ in said), said):
         ids += [*hay[at:cut], *some.ids]
