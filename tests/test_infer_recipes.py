@@ -10,7 +10,7 @@ import torch
 
 from mindseed.base.errors import UserError
 from mindseed.cli import main
-from mindseed.infer.generate import generate
+from mindseed.infer.generate import generate, stream
 from mindseed.infer.sample import Sampling
 from mindseed.interop import convert as conversion
 from mindseed.interop.directory import load_directory, save_directory
@@ -20,7 +20,7 @@ from mindseed.recipes import chat
 from mindseed.recipes import convert as conversion_recipe
 from mindseed.tokenizers.bpe_train import train as train_bpe
 from mindseed.tokenizers.byte import Byte
-from mindseed.tokenizers.chat import encode_chat
+from mindseed.tokenizers.chat import encode_chat, template_hash
 from tests.test_house import examples
 from tests.tiny import randomise
 
@@ -187,12 +187,28 @@ def test_one_bad_line_does_not_cost_the_others_their_answers(folder, capsys, mon
     assert "text" in rows[0] and "text" in rows[2] and "context is 160" in rows[1]["error"]
 
 
-def test_foreign_chat_format_warns(folder, capsys, monkeypatch, tmp_path):
-    loaded = load_directory(folder)
-    save_directory(loaded.model, loaded.tokenizer, tmp_path / "m", chat_template="{{ messages }}")
-    code, _, err = run(capsys, monkeypatch, "chat", tmp_path / "m", "--prompt", "hi", "--max-new", "3")
-    assert code == 0 and "not trained with the chat format" in err
-    assert load_directory(tmp_path / "m").chat_template == "{{ messages }}"
+def test_a_model_is_asked_in_its_own_chat_template(folder, capsys, monkeypatch, tmp_path):
+    loaded, place = load_directory(folder), tmp_path / "m"
+    other = "{{ messages[-1].content }}<|im_end|>{% if enable_thinking %}<think>{% endif %}"
+    save_directory(loaded.model, loaded.tokenizer, place, chat_template=other)
+    assert load_directory(place).chat_template == other
+    asked, real = [], stream
+    monkeypatch.setattr("mindseed.recipes.chat.stream", lambda model, tokenizer, prompts, **rest: asked.append(
+        tokenizer.decode(prompts[0])) or real(model, tokenizer, prompts, **rest))
+    code, _, err = run(capsys, monkeypatch, "chat", place, "--prompt", "hi", "--max-new", "3", "--think", "on")
+    assert (code, err, asked) == (0, "", ["hi<|im_end|><think>"])
+    code, out, err = run(capsys, monkeypatch, "generate", place, "--prompt", "hi", "--max-new", "3", "--mode", "chat")
+    assert (code, err) == (0, "") and json.loads(out)["tokens"] > 0
+    file = place / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("messages[-1]", "messages[0]"))
+    code, _, err = run(capsys, monkeypatch, "chat", place, "--prompt", "hi", "--max-new", "3")
+    assert code == 0 and "not trained with the chat template that it has now" in err
+    file.write_text("{}")
+    code, _, err = run(capsys, monkeypatch, "chat", place, "--prompt", "hi", "--max-new", "3")
+    assert code == 0 and "has no chat template" in err
+    file.write_text(json.dumps({"chat_template": "{{ raise_exception('only poems here') }}"}))
+    code, _, err = run(capsys, monkeypatch, "chat", place, "--prompt", "hi", "--max-new", "3")
+    assert code == 2 and "chat template cannot tell this conversation: only poems here" in err
 
 
 # ------------------------------------------------------------------------------------------------------------ convert
@@ -204,7 +220,7 @@ def test_convert(folder, capsys, monkeypatch, tmp_path, dtype):
     assert code == 0 and "equal" in out and "k_norm" in out and ("rounding" in out) == (dtype is not None)
     copy = load_directory(target)
     assert copy.dtype == (conversion.DTYPES[dtype] if dtype else torch.float32)
-    assert copy.info == {"parent": folder, "seed": 1} and copy.speaks_our_chat
+    assert copy.info == {"parent": folder, "seed": 1} and copy.template_hash == template_hash()
     code, _, err = run(capsys, monkeypatch, "convert", folder, target)
     assert code == 2 and "exists already" in err
     assert run(capsys, monkeypatch, "convert", folder, folder, "--overwrite")[0] == 2

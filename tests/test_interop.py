@@ -20,6 +20,7 @@ from mindseed.models.lm import LM, build
 from mindseed.models.presets import PRESETS, Shape, preset
 from mindseed.tokenizers.bpe_train import train
 from mindseed.tokenizers.byte import Byte
+from mindseed.tokenizers.chat import template_hash
 from tests.tiny import KITS, kit_model, randomise
 
 SHAPE = Shape(layers=2, dim=32, heads=4, kv_heads=2, head_dim=10, ffn_dim=48, theta=5e5, norm_eps=1e-5, dropout=0.1)
@@ -66,7 +67,7 @@ def test_what_was_saved_comes_back_exactly(tmp_path, tied, extra_rows):
     info = {"parent": None, "data": ["a", "b"], "seed": 1, "metrics": {"bpb": 1.5}}
     loaded = load_directory(save_directory(model, tokenizer, tmp_path / "m", info=info))
     assert loaded.model.config == model.config and loaded.info == info
-    assert loaded.tokenizer.hash() == tokenizer.hash() and loaded.speaks_our_chat
+    assert loaded.tokenizer.hash() == tokenizer.hash() and loaded.template_hash == template_hash()
     assert loaded.stop_ids == (2, 0) and not loaded.model.training
     ours, theirs = model.state_dict(), loaded.model.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[n], theirs[n]) for n in ours)
@@ -98,7 +99,7 @@ def test_a_directory_is_its_own_even_without_our_file(saved):
     (folder / "mindseed.json").unlink()
     loaded = load_directory(folder)
     assert loaded.model.config == replace(model.config, dropout=0.0)
-    assert not loaded.speaks_our_chat and loaded.info == {}
+    assert loaded.template_hash is None and loaded.info == {}
     assert torch.equal(loaded.model.norm.weight, model.norm.weight)
 
 

@@ -13,7 +13,7 @@ from mindseed.base.errors import UserError
 from mindseed.interop.directory import load_directory
 from mindseed.recipes.options import TrainOptions
 from mindseed.tokenizers.byte import Byte
-from mindseed.tokenizers.chat import JINJA
+from mindseed.tokenizers.chat import JINJA, template_hash
 from mindseed.tokenizers.hf_json import load_tokenizer, save_tokenizer
 from tests.test_minimind import SHAPES, original
 
@@ -34,6 +34,8 @@ MODELS = {
         "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6}),
 }
 TEXTS = [{"text": f"the number {i} and 数字 {i}"} for i in range(20)]
+OTHER = ("{% for m in messages %}{{ '<|im_start|>[' + m.role + '] ' + m.content + '<|im_end|>' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>[assistant] ' }}{% endif %}")
 CHATS = [{"conversations": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
          for i in range(20)]
 
@@ -53,14 +55,15 @@ def logits(folder: Path) -> torch.Tensor:
     return load_directory(folder).model(ids, torch.arange(20)[None]).logits()
 
 
-@pytest.mark.parametrize("rows", [TEXTS, CHATS], ids=["texts", "chats"])
+@pytest.mark.parametrize(("rows", "template"), [(TEXTS, OTHER), (CHATS, OTHER), (CHATS, None)],
+                         ids=["texts", "chats", "chats and no template"])
 @pytest.mark.parametrize("family", MODELS)
-def test_a_directory_of_transformers(tmp_path, family, rows):
+def test_a_directory_of_transformers(tmp_path, family, rows, template):
     torch.manual_seed(0)
     kind, settings = MODELS[family]
     theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings)).float()
     theirs.save_pretrained(tmp_path / "start")
-    save_tokenizer(Byte(), tmp_path / "start", chat_template="{# another #}")
+    save_tokenizer(Byte(), tmp_path / "start", chat_template=template)
     data = write(tmp_path / "rows.jsonl", rows)
     assert go_on(tmp_path / "start", data, tmp_path / "still", "--optim.lr", "1e-9") == 0
     torch.testing.assert_close(logits(tmp_path / "still" / "model"), logits(tmp_path / "start"), rtol=1e-4, atol=1e-4)
@@ -70,9 +73,11 @@ def test_a_directory_of_transformers(tmp_path, family, rows):
     assert load_tokenizer(model).hash() == Byte().hash()
     assert (logits(model) - logits(tmp_path / "start")).abs().max() > 1e-3
     told = load_directory(model)
-    assert told.stop_ids == (2, 0) and told.info["parent"] == str(tmp_path / "start")
-    if rows is CHATS:                             # trained in our format, so that is the one to talk in
-        assert told.chat_template == JINJA and told.speaks_our_chat
+    assert told.stop_ids == ((2,) if template else (2, 0)) and told.info["parent"] == str(tmp_path / "start")
+    if template:                                  # kept, and what the conversations were told in
+        assert told.chat_template == template and told.template.hash() == told.template_hash
+    elif template is None:                        # trained in our format, so that is the one to talk in
+        assert told.chat_template == JINJA and told.template_hash == template_hash()
     again = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(model).float().eval()
     torch.testing.assert_close(again(torch.arange(40, 60)[None]).logits, logits(model), rtol=1e-4, atol=1e-4)
 
@@ -117,9 +122,9 @@ def test_tokenizers_of_other_families(tmp_path, capsys):
     model = tmp_path / "run" / "model"
     told = load_directory(model)
     assert told.tokenizer.hash() == load_tokenizer(start).hash()
-    assert told.chat_template is None and not told.speaks_our_chat      # ours cannot be spelt in it
+    assert told.chat_template is None and told.template_hash is None    # ours cannot be spelt in it
     config, tokens = (json.loads((model / f"{name}.json").read_text()) for name in ("config", "tokenizer_config"))
-    assert (config["bos_token_id"], config["eos_token_id"]) == (296, 297) and told.stop_ids == (297,)
+    assert (config["bos_token_id"], config["eos_token_id"]) == (296, 297) and told.stop_ids == (297, 298)
     assert (tokens["bos_token"], tokens["eos_token"]) == ("<|begin_of_text|>", "<|end_of_text|>")
     assert cli.main(["convert", str(start), str(tmp_path / "copy")]) == 0
     assert load_directory(tmp_path / "copy").stop_ids == (297, 298)     # as the source had them

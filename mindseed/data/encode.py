@@ -20,7 +20,8 @@ from mindseed.data import fim
 from mindseed.data.formats import BadRow, parse, payloads
 from mindseed.data.readers import kind_of
 from mindseed.tokenizers.base import DOCUMENT_MARKS, document_marks
-from mindseed.tokenizers.chat import encode_spans, normalise, render
+from mindseed.tokenizers.chat import Span, encode_spans, normalise, render
+from mindseed.tokenizers.template import Template
 
 CHUNK_BYTES, CHUNK_ROWS = 1 << 20, 2048           # one unit of work: whichever comes first
 SPLITS = ("train", "heldout")
@@ -73,12 +74,13 @@ def chunks(paths: list[Path]) -> Iterator[Chunk]:
 @dataclass(frozen=True)
 class Encoder:
     """Encodes chunks. `heldout` is the share of rows kept apart, chosen with `seed`; `fim_rate` is that of the texts to
-    train on that are told with their middle last."""
+    train on that are told with their middle last; `template` is how conversations are told [our own format]."""
 
     tokenizer: Any
     heldout: float
     seed: int
     fim_rate: float = 0.0
+    template: Template | None = None
 
     def split_of(self, canonical: str) -> str:
         digest = hashlib.blake2b(canonical.encode(), digest_size=8, key=str(self.seed).encode()).digest()
@@ -143,22 +145,36 @@ class Encoder:
         return documents
 
     def _chats(self, chats: list, done: Encoded) -> list[tuple]:
-        rendered = [render(messages, tools=tools) for _, _, sides in chats for messages, tools in sides]
-        encoded = iter(zip(rendered, encode_spans(self.tokenizer, rendered)))
-        documents = []
+        told = []                                 # (line, split, pair?, the spans of its documents)
         for line, split, sides in chats:
-            group = []
-            for _ in sides:
-                spans, (ids, mask) = next(encoded)
-                learned = sum(len(span.text.encode()) for span in spans if span.trainable and not span.control)
-                group.append((line, split, ids, mask, learned))
-            if any(not any(mask[1:]) for _, _, _, mask, _ in group):
-                done.skipped.append((line, "no token of the assistant to learn"))
-                kind = "chat" if len(sides) == 1 else "preference"
-                done.kinds[kind] -= 1
+            pair = len(sides) == 2
+            try:
+                told.append((line, split, pair, [lesson for messages, tools in sides
+                                                 for lesson in self._lessons(messages, tools)[-1 if pair else None:]]))
+            except UserError as error:
+                self._drop(done, line, pair, str(error))
+        encoded = iter(encode_spans(self.tokenizer, [spans for *_, group in told for spans in group]))
+        documents = []
+        for line, split, pair, group in told:
+            made = [(line, split, *next(encoded), sum(len(span.text.encode()) for span in spans
+                                                      if span.trainable and not span.control)) for spans in group]
+            some = [document for document in made if any(document[3][1:])]
+            if not some or pair and len(some) < 2:
+                self._drop(done, line, pair, "no token of the assistant to learn")
             else:
-                documents.extend(group)
+                documents.extend(some)
         return documents
+
+    def _lessons(self, messages: list[dict], tools: Any) -> list[list[Span]]:
+        """The documents of a conversation: one, or more in a template that rewrites the past, the last with its end."""
+        if self.template is None:
+            return [render(messages, tools=tools)]
+        return self.template.lessons(self.tokenizer, messages, tools=tools)
+
+    @staticmethod
+    def _drop(done: Encoded, line: int, pair: bool, reason: str) -> None:
+        done.skipped.append((line, reason))
+        done.kinds["preference" if pair else "chat"] -= 1
 
     def pieces(self, documents: list[tuple], source: int) -> Pieces:
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32

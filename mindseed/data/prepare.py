@@ -36,6 +36,7 @@ from mindseed.data.readers import expand
 from mindseed.data.shards import SCHEMA, SHARD, Prepared, write_arrays
 from mindseed.tokenizers.chat import template_hash
 from mindseed.tokenizers.hf_json import save_tokenizer
+from mindseed.tokenizers.template import Template
 
 SHARD_TOKENS = 1 << 25
 FEWEST_SKIPPED = 10                # a fraction as budget never means fewer lines than this
@@ -48,13 +49,14 @@ Progress = Callable[[int, int, int], None]        # rows done, parts done, lines
 
 def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer: Any, *, heldout: float = 0.01,
             seed: int = 0, workers: int | None = None, shard_tokens: int = SHARD_TOKENS, max_skipped: float = 0.01,
-            fim_rate: float = 0.0, overwrite: bool = False, progress: Progress | None = None) -> Prepared:
+            fim_rate: float = 0.0, overwrite: bool = False, template: Template | None = None,
+            progress: Progress | None = None) -> Prepared:
     """Tokenise the rows of `paths` into the folder `out`; continue where a killed run stopped; return it opened.
 
     `heldout` is the share of rows set apart, by a hash of each row's content and `seed`. `max_skipped` is how many
     bad lines are put up with before the job stops with their list: below 1 a share of the rows (but always 10 lines),
     else a number; 0 allows none. `workers` is the number of processes (default: one per core). `fim_rate` is the share
-    of training texts whose middle is told last.
+    of training texts whose middle is told last. `template` is how conversations are told [our own format].
 
     A second call with the same inputs does nothing. With other inputs it raises a UserError that says what differs.
     With `overwrite` what other inputs left is removed, and so is what does not have the sums that were written.
@@ -76,13 +78,13 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
         check(file)
     inputs = {
         "schema": SCHEMA, "tokenizer_hash": tokenizer.hash(), "vocab_size": tokenizer.vocab_size,
-        "template_hash": template_hash(), "heldout": heldout, "seed": seed, "shard_tokens": shard_tokens,
-        "fim_rate": fim_rate,
+        "template_hash": template.hash() if template else template_hash(), "heldout": heldout, "seed": seed,
+        "shard_tokens": shard_tokens, "fim_rate": fim_rate,
         "sources": [{"path": str(file), "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files],
     }
     if _already(out, inputs, overwrite):
         return Prepared(out, tokenizer=tokenizer)
-    encoder = Encoder(tokenizer, heldout, seed, fim_rate)
+    encoder = Encoder(tokenizer, heldout, seed, fim_rate, template)
     size = sum(source["bytes"] for source in inputs["sources"])
     workers = 1 if size < INLINE_BYTES else workers or os.cpu_count() or 1
     job = _Job(out, [str(file) for file in files], max_skipped, shard_tokens)
@@ -92,7 +94,10 @@ def prepare(paths: Iterable[str | Path] | str | Path, out: str | Path, tokenizer
         job.add(encoded)
         if progress:
             progress(sum(job.rows.values()), len(job.parts), len(job.skipped))
-    save_tokenizer(tokenizer, out / "tokenizer")
+    if template:
+        save_tokenizer(tokenizer, out / "tokenizer", chat_template=template.source, marks=dict(template.marks))
+    else:
+        save_tokenizer(tokenizer, out / "tokenizer")
     job.finish(inputs)
     return Prepared(out, tokenizer=tokenizer)
 

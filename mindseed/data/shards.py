@@ -235,7 +235,8 @@ class Prepared:
                             f"{tokenizer.hash()[:12]}); run prepare with this one into another folder")
         if template_hash is not None and self.manifest["template_hash"] not in (None, template_hash):
             raise UserError(f"{folder} was prepared with another chat template "
-                            f"({self.manifest['template_hash'][:12]}, not {template_hash[:12]}); run prepare again")
+                            f"({self.manifest['template_hash'][:12]}, not {template_hash[:12]}); prepare it again, "
+                            "--tokenizer naming the directory of the model or tokenizer it is for")
         if verify:
             for entry in (entry for split in self.manifest["splits"].values() for entry in split["shards"]):
                 path = self.folder / entry["file"]

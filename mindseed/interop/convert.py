@@ -16,13 +16,14 @@ from torch import Tensor
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic
 from mindseed.interop import gguf_read, minimind
-from mindseed.interop.directory import SAMPLING, Loaded, load_directory, names_in, save_directory
+from mindseed.interop.directory import Loaded, load_directory, names_in, save_directory
 from mindseed.interop.families import family_of, named
 from mindseed.interop.gguf import Written, kind_named, write_gguf
 from mindseed.interop.gguf_vocab import modelfile
 from mindseed.interop.rules import stacked
 from mindseed.interop.weights import DTYPES
 from mindseed.tokenizers.hf_json import load_tokenizer
+from mindseed.tokenizers.template import read_template
 
 TOLERANCE = 1e-5
 PICKLES = (".pth", ".pt", ".bin")
@@ -72,8 +73,7 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
     family = family or family_of(loaded.model.config)
     after = DTYPES[dtype] if dtype else loaded.dtype
     save_directory(loaded.model, loaded.tokenizer, target, info={"parent": str(source)} | loaded.info, dtype=after,
-                   chat_template=loaded.chat_template, sampling=loaded.sampling or SAMPLING, family=family,
-                   stop_ids=loaded.stop_ids)
+                   family=family, **loaded.kept)
     names = names_in(family, loaded.model.config, {
         name: x for name, x in loaded.model.state_dict().items()
         if not name.startswith("mtp.") or family is None or family.layout.has_mtp})
@@ -168,8 +168,10 @@ def read(source: Path, tokenizer: str | None) -> Loaded:
         raise UserError(f"{source} does not exist" + (f"; beside it there is {', '.join(near[:5])}" if near else ""))
     if source.is_file() and source.suffix in PICKLES:
         model, family, stored = minimind.load_state_dict(source)
-        return Loaded(model=model, tokenizer=load_tokenizer(Path(tokenizer) if tokenizer else beside(source)),
-                      dtype=stored, family=family)
+        words = Path(tokenizer) if tokenizer else beside(source)
+        template, marks = read_template(words)
+        return Loaded(model=model, tokenizer=load_tokenizer(words), dtype=stored, family=family, chat_template=template,
+                      marks=marks)
     if source.is_file():
         raise UserError(f"{source} is a file of a kind that is not read; give a model directory or a state dict "
                         f"({', '.join(PICKLES)})")

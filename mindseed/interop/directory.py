@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mindseed import __version__
 from mindseed.base.errors import UserError
-from mindseed.base.files import atomic, folders_with, read_json, read_text, recover, write_json
+from mindseed.base.files import atomic, folders_with, read_json, recover, write_json
 from mindseed.core import Tokenizer
 from mindseed.interop.families import NATIVE, family_in, family_of
 from mindseed.interop.family import Family
@@ -33,8 +33,9 @@ from mindseed.interop.weights import DTYPES, TensorFiles, save_tensors, weight_f
 from mindseed.models.config import LMConfig, config_from_dict, config_to_dict, without_training
 from mindseed.models.lm import LM
 from mindseed.tokenizers.base import BOS, PAD, document_marks
-from mindseed.tokenizers.chat import JINJA, template_hash
+from mindseed.tokenizers.chat import JINJA
 from mindseed.tokenizers.hf_json import load_tokenizer, save_tokenizer
+from mindseed.tokenizers.template import Template, foreign, read_template
 
 FORMAT = 1                                        # of mindseed.json
 MTP_FILE = "mtp.safetensors"
@@ -56,29 +57,36 @@ class Loaded:
     bos_id: int | None = None                     # what the directory calls its begin token
     sampling: dict[str, Any] = field(default_factory=dict)     # the directory's own defaults for generating
     chat_template: str | None = None              # Jinja
-    template_hash: str | None = None              # of the chat format it was trained with; None: a foreign directory
+    marks: dict[str, str] = field(default_factory=dict)        # bos_token, eos_token ...: spellings
+    template_hash: str | None = None              # of the chat template it was trained with; None: nobody says
     dtype: torch.dtype | None = None              # of the weights in the file
     family: Family | None = None                  # None: our own layout
 
     @property
-    def speaks_our_chat(self) -> bool:
-        """Whether the chat format in which it was trained is the one that this version renders."""
-        return self.template_hash == template_hash()
+    def template(self) -> Template | None:
+        """How to render what is said to it; None: in our own format."""
+        return foreign(self.chat_template, self.marks)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What `save_directory` is to be told so that a copy is spoken to, and stops, as this one."""
+        return {"chat_template": self.chat_template, "marks": self.marks, "sampling": self.sampling or SAMPLING,
+                "stop_ids": self.stop_ids}
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
 def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info: dict[str, Any] | None = None,
                    dtype: torch.dtype | None = None, chat_template: str | None = JINJA,
-                   sampling: dict[str, Any] = SAMPLING, family: Family | None = None,
-                   stop_ids: tuple[int, ...] = (), max_shard: int = MAX_SHARD) -> Path:
+                   marks: Mapping[str, str] | None = None, sampling: dict[str, Any] = SAMPLING,
+                   family: Family | None = None, stop_ids: tuple[int, ...] = (), max_shard: int = MAX_SHARD) -> Path:
     """Write a model directory, wholly or not at all. `dtype` is that of the weights in the file [the model's].
 
     `info` (parent, data, seed, metrics: plain JSON) is kept in mindseed.json. `chat_template` and `sampling` go where
-    others look for them; only a model trained with our own template is marked as such. `family` is by default the
-    first that can hold the model, else our own layout. `stop_ids` end an answer [the tokenizer's]. `max_shard` are the
-    bytes of one file of weights. UserError if `family` cannot hold the model or the tokenizer needs more ids than the
-    model has.
+    others look for them. `marks` are the spellings of bos_token, eos_token and pad_token, and `stop_ids` end an answer
+    [both: the tokenizer's]. `family` is by default the first that can hold the model, else our own layout. `max_shard`
+    are the bytes of one file of weights. UserError if `family` cannot hold the model or the tokenizer needs more ids
+    than the model has.
     """
     folder, config = Path(folder), model.config
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
@@ -86,8 +94,8 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
     begin, end = document_marks(tokenizer.specials) or (None, None)
     if chat_template == JINJA and begin != BOS:   # our chats cannot be told in this tokenizer's special tokens
         chat_template = None
-    specials = {"bos": tokenizer.specials.get(begin), "eos": tokenizer.specials.get(end),
-                "pad": tokenizer.specials.get(PAD)}
+    spelt = marks or {"bos_token": begin, "eos_token": end, "pad_token": PAD}
+    specials = {name: tokenizer.specials.get(spelt.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
     word = str(dtype).removeprefix("torch.")
     data = family.to_json(config, dtype=word, specials=specials) if family else {
         "architectures": ["MindseedForCausalLM"], "model_type": NATIVE, "dtype": word,
@@ -106,12 +114,13 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
         save_tensors(write_names(names_in(family, config, tensors), tensors), temp, max_shard=max_shard)
         if ahead.keys() - tensors.keys():
             save_file(ahead, temp / MTP_FILE, metadata={"format": "pt"})
-        save_tokenizer(tokenizer, temp, chat_template=chat_template, max_len=config.seq_len)
+        save_tokenizer(tokenizer, temp, chat_template=chat_template, max_len=config.seq_len, marks=marks)
         write_json(temp / "generation_config.json",
                    {key: value for key, value in generation.items() if value is not None} | sampling)
         write_json(temp / "mindseed.json", {
             "format": FORMAT, "mindseed": __version__, "config": config_to_dict(config), "info": info or {},
-            "tokenizer_hash": tokenizer.hash(), "template_hash": template_hash() if chat_template == JINJA else None})
+            "tokenizer_hash": tokenizer.hash(),
+            "template_hash": Template(chat_template).hash() if chat_template else None})
     return folder
 
 
@@ -143,11 +152,11 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
                         "is not that in mindseed.json. Restore the file.")
     path = folder / "generation_config.json"
     generation = read_json(path, THEIRS) if path.exists() else {}
-    ends, template = stop_ids(generation, data, folder), read_template(folder)
+    ends, (template, marks) = stop_ids(generation, data, folder), read_template(folder)
     begin = generation.get("bos_token_id", data.get("bos_token_id"))
     model, stored = load_weights(family, config, folder, dtype, device)
     return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored, family=family,
-                  stop_ids=ends, chat_template=template, template_hash=ours.get("template_hash"),
+                  stop_ids=ends, chat_template=template, marks=marks, template_hash=ours.get("template_hash"),
                   bos_id=begin if type(begin) is int else None,
                   sampling={k: generation[k] for k in (key.removesuffix("?") for key in THEIRS)
                             if generation.get(k) is not None})
@@ -213,15 +222,6 @@ def stop_ids(generation: dict[str, Any], config: dict[str, Any], folder: Path) -
     if any(type(id) is not int for id in ids):
         raise UserError(f"{folder / name}: eos_token_id must be one id or a list of them, not {ids}")
     return tuple(ids)
-
-
-def read_template(folder: Path) -> str | None:
-    """The chat template, from its own file or from tokenizer_config.json."""
-    if (folder / "chat_template.jinja").exists():
-        return read_text(folder / "chat_template.jinja")
-    config = folder / "tokenizer_config.json"
-    template = read_json(config, {str: Any}).get("chat_template") if config.exists() else None
-    return template if isinstance(template, str) else None
 
 
 def load_weights(family: Family | None, config: LMConfig, folder: Path, dtype: torch.dtype,

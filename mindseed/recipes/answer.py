@@ -11,6 +11,7 @@ from mindseed.base.log import warn
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import Loaded, load_directory
 from mindseed.recipes.machine import choose_device
+from mindseed.tokenizers.template import Template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,5 +58,8 @@ def not_unicode(what: str, error: UnicodeDecodeError) -> UserError:
 
 
 def warn_of_foreign_chat(loaded: Loaded, where: str) -> None:
-    if not loaded.speaks_our_chat:
-        warn(f"{where} was not trained with the chat format of this version, so its answers may be poor")
+    """Say so if the model is spoken to otherwise than it was taught, as far as that is known."""
+    if loaded.chat_template is None:
+        warn(f"{where} has no chat template, so it is asked in this project's own chat format, which it may not know")
+    elif loaded.template_hash not in (None, Template(loaded.chat_template).hash()):
+        warn(f"{where} was not trained with the chat template that it has now, so its answers may be poor")

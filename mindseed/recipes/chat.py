@@ -103,7 +103,8 @@ class Conversation:
         limit = self.loaded.model.config.seq_len
         head = 1 if self.system else 0
         while True:
-            ids, _ = encode_chat(self.loaded.tokenizer, self.messages, generation_prompt=True, thinking=self.thinking)
+            ids, _ = encode_chat(self.loaded.tokenizer, self.messages, generation_prompt=True, thinking=self.thinking,
+                                 template=self.loaded.template)
             turns = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
             if len(ids) + min(self.max_new, limit // 4) <= limit or len(turns) == 1:
                 break

@@ -17,8 +17,8 @@ from typing import Any, Iterator, Literal, TextIO
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, parse_json
-from mindseed.core import Tokenizer
 from mindseed.infer.generate import generate
+from mindseed.interop.directory import Loaded
 from mindseed.recipes.answer import AnswerOptions, not_unicode, warn_of_foreign_chat
 from mindseed.tokenizers.base import document_marks
 from mindseed.tokenizers.chat import encode_chat, normalise
@@ -60,7 +60,7 @@ def main(options: Options) -> None:
         warn_of_foreign_chat(loaded, options.model)
     sampling, limit = options.sampling(loaded), loaded.model.config.seq_len
     with prompts(options) as lines, output(options.out) as out:
-        todo, count, refused = jobs(lines, options, loaded.tokenizer, limit), 0, []
+        todo, count, refused = jobs(lines, options, loaded, limit), 0, []
         while batch := list(itertools.islice(todo, options.batch_size)):
             good = [job for job in batch if job.error is None]
             done = iter(generate(loaded.model, loaded.tokenizer, [job.ids for job in good], sampling=sampling,
@@ -111,12 +111,12 @@ def output(path: str | None) -> Iterator[TextIO]:
         yield file
 
 
-def jobs(lines: Iterator[tuple[str, str]], options: Options, tokenizer: Tokenizer, limit: int) -> Iterator[Job]:
+def jobs(lines: Iterator[tuple[str, str]], options: Options, loaded: Loaded, limit: int) -> Iterator[Job]:
     """Answers to make, in order; a line that cannot be answered keeps its place, with the reason."""
     try:
         for index, (where, line) in enumerate(lines):
             try:
-                row, ids = read_prompt(line, options, tokenizer)
+                row, ids = read_prompt(line, options, loaded)
                 if len(ids) >= limit:
                     raise UserError(f"the prompt has {len(ids)} tokens and the model's context is {limit}, which "
                                     "leaves no room for an answer; shorten it")
@@ -131,9 +131,9 @@ def jobs(lines: Iterator[tuple[str, str]], options: Options, tokenizer: Tokenize
         raise not_unicode("the prompts are", error) from None
 
 
-def read_prompt(line: str, options: Options, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
+def read_prompt(line: str, options: Options, loaded: Loaded) -> tuple[dict[str, Any], list[int]]:
     """What the output repeats of a prompt, and its ids."""
-    data: dict[str, Any] = {"prompt": line}
+    data, tokenizer = {"prompt": line}, loaded.tokenizer
     if options.input == "jsonl" and not options.prompt:
         try:
             data = parse_json(line)
@@ -151,5 +151,6 @@ def read_prompt(line: str, options: Options, tokenizer: Tokenizer) -> tuple[dict
     if options.system and not any(m["role"] == "system" for m in messages):
         messages = [{"role": "system", "content": options.system}, *messages]
     thinking = {"on": True, "off": False, "auto": None}[options.think]
-    ids, _ = encode_chat(tokenizer, messages, tools=tools, generation_prompt=True, thinking=thinking)
+    ids, _ = encode_chat(tokenizer, messages, tools=tools, generation_prompt=True, thinking=thinking,
+                         template=loaded.template)
     return data, ids

@@ -17,13 +17,15 @@ from mindseed.base.log import bytes_text, notes, say, si, warn
 from mindseed.data.prepare import SHARD_TOKENS, prepare
 from mindseed.data.shards import Prepared
 from mindseed.tokenizers.hf_json import load_tokenizer
+from mindseed.tokenizers.template import foreign, read_template
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     paths: tuple[str, ...] = option((), help="files, folders or globs to read", positional=True)
     out: str = option("", help="the folder to make")
-    tokenizer: str = option("", help="a tokenizer.json, or the directory (of a model, say) that holds one")
+    tokenizer: str = option("", help="a tokenizer.json, or the directory (of a model, say) that holds one; "
+                                   "conversations are told in the chat template beside it, if there is one")
     heldout: float = option(0.01, help="share of rows set apart for validation, chosen by a hash of their content")
     seed: int = option(0, help="which rows are set apart")
     workers: int | None = option(None, help="processes; none: one per core")
@@ -47,7 +49,7 @@ def main(options: Options) -> None:
         prepared = prepare(
             options.paths, options.out, tokenizer, heldout=options.heldout, seed=options.seed, workers=options.workers,
             shard_tokens=options.shard_tokens, max_skipped=options.max_skipped, fim_rate=options.fim_rate,
-            overwrite=options.overwrite,
+            overwrite=options.overwrite, template=foreign(*read_template(options.tokenizer)),
             progress=lambda rows, parts, skipped: bar.update(task, completed=rows, parts=parts, skipped=skipped))
     report(prepared, time.perf_counter() - start)
 

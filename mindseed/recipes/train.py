@@ -32,7 +32,7 @@ from mindseed.data.readers import expand, kind_of, read_rows
 from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
-from mindseed.interop.directory import load_directory, require_folder, save_directory
+from mindseed.interop.directory import SAMPLING, Loaded, load_directory, require_folder, save_directory
 from mindseed.models.config import LMConfig, config_to_dict
 from mindseed.models.describe import describe
 from mindseed.models.extend import extended
@@ -55,8 +55,9 @@ from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
 from mindseed.train.state import Checkpoints, restore
 from mindseed.train.step import Run
-from mindseed.tokenizers.chat import template_hash
+from mindseed.tokenizers.chat import JINJA, template_hash
 from mindseed.tokenizers.hf_json import load_tokenizer
+from mindseed.tokenizers.template import Template, foreign, read_template
 from mindseed.train.validate import evaluate
 
 Options = TrainOptions
@@ -88,7 +89,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
         warn(line)
     check_early(options)
     data = open_data(options, run_folder)
-    model, info = open_model(options, data.tokenizer, device)
+    model, parent = open_model(options, data.tokenizer, device)
     facts = {"params": count_params(model.config).active, "rows_per_epoch": len(data.rows), "world": dist.world_size()}
     options = derive(options, **facts)
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
@@ -132,7 +133,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
             sinks=open_run(options, given, resumed) if dist.is_main() else [],
             flops_per_token=flops_per_token(model.config, options.data.seq_len).model, peak_flops=peak_flops))
     source.close()
-    return finish(options, backend, model, data, ema, run, info, run_folder)
+    return finish(options, backend, model, data, ema, run, parent, run_folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -157,6 +158,7 @@ class Data:
     """What the run reads: an endless stream of packed rows, and held-out documents by the name of their entry."""
 
     tokenizer: Any
+    template: Template | None                     # how conversations are told; None: in our own format
     rows: Rows
     entries: list[Prepared]
     names: list[str]
@@ -200,8 +202,9 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     where = choose_tokenizer(options, run_folder)
     folders = [prepare_entry(entry, i, options, where, run_folder) for i, entry in enumerate(given.train)]
     dist.barrier()                                # rank 0 has written it all
-    tokenizer = load_tokenizer(where)
-    entries = [Prepared(folder, tokenizer=tokenizer, template_hash=template_hash()) for folder in folders]
+    tokenizer, template = load_tokenizer(where), foreign(*read_template(where))
+    told = template.hash() if template else template_hash()
+    entries = [Prepared(folder, tokenizer=tokenizer, template_hash=told) for folder in folders]
     for entry in entries:
         if entry.kind == "preference":
             raise UserError(f"{entry.folder} holds preference pairs (chosen, rejected); this recipe trains on texts "
@@ -218,16 +221,16 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     heldout = {name: Evaluation(entry.split("heldout"), seq_len=given.seq_len, batch_size=max(1, 4096 // given.seq_len),
                                 limit=options.loop.validate_documents)
                for name, entry in zip(names, entries) if len(entry.split("heldout"))}
-    return Data(tokenizer=tokenizer, rows=rows, entries=entries, names=names, heldout=heldout)
+    return Data(tokenizer=tokenizer, template=template, rows=rows, entries=entries, names=names, heldout=heldout)
 
 
 def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
-    """Where the tokenizer is: named; else the start model's; else that of a prepared folder; else one trained on the
-    data, in the run's folder."""
-    if options.data.tokenizer:
-        return Path(options.data.tokenizer)
+    """Where the tokenizer is, and with it the chat template: the start model's; else named; else that of a prepared
+    folder; else one trained on the data, in the run's folder."""
     if options.model.start:
         return require_folder(Path(options.model.start))
+    if options.data.tokenizer:
+        return Path(options.data.tokenizer)
     for entry in options.data.train:
         if (Path(entry) / "manifest.json").exists():
             return Path(entry) / "tokenizer"
@@ -257,17 +260,13 @@ def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Path
     return out
 
 
-def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> tuple[LM, dict[str, Any]]:
-    """Random weights, or those of a model directory; returns the model and what is known of its parent."""
+def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> tuple[LM, Loaded | None]:
+    """Random weights, or those of a model directory, which is returned as well."""
     if options.model.start is None:
         config = options.model.shape(options.depth).lm_config(vocab_size=tokenizer.vocab_size,
                                                               seq_len=options.data.seq_len)
-        return build(config, seed=options.seed, device=device).train(), {}
+        return build(config, seed=options.seed, device=device).train(), None
     loaded = load_directory(options.model.start, device=device)
-    if loaded.tokenizer.hash() != tokenizer.hash():
-        raise UserError(f"{options.model.start} was trained with another tokenizer than {options.data.tokenizer} "
-                        f"({loaded.tokenizer.vocab_size} and {tokenizer.vocab_size} tokens); leave out data.tokenizer "
-                        "to use the model's own")
     config = replace(loaded.model.config, dropout=options.model.dropout)
     if options.model.extend:
         config = extended(config, options.data.seq_len)
@@ -279,7 +278,7 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
     model = with_config(loaded.model, config)
     if options.model.moe != MoEOptions():
         model = upcycle(model, options.model.moe.mixture(ffn_dim=1), seed=options.seed)
-    return model.train(), {"parent": str(options.model.start)}
+    return model.train(), loaded
 
 
 def with_config(model: LM, config: LMConfig) -> LM:
@@ -385,8 +384,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     say(f"going on from {resumed}" if resumed else f"writing to {folder}")
 
 
-def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data, ema: EMA | None, run: Run, info: dict,
-           folder: Path) -> Path:
+def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data, ema: EMA | None, run: Run,
+           parent: Loaded | None, folder: Path) -> Path:
     """Write the model directory, with the averaged weights if there are any."""
     out = folder / "model"
     if dist.is_main():
@@ -396,10 +395,22 @@ def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data,
         if ema:
             ema.swap()
         model.eval()
-        save_directory(model, data.tokenizer, out, info=info | {
+        info = {"parent": str(options.model.start)} if parent else {}
+        save_directory(model, data.tokenizer, out, **spoken(data, parent), info=info | {
             "data": [str(entry.folder) for entry in data.entries], "seed": options.seed, "steps": run.step,
             "tokens": run.tokens})
         if ema:
             ema.swap()
     dist.barrier()
     return out
+
+
+def spoken(data: Data, parent: Loaded | None) -> dict[str, Any]:
+    """How the new model is to be spoken to, for `save_directory`: as its parent is, if that has a chat template."""
+    template, chats = data.template, any(entry.kind == "chat" for entry in data.entries)
+    if parent is None:
+        return {"chat_template": template.source, "marks": dict(template.marks)} if template else {}
+    if parent.chat_template is None and chats:    # it has learnt our format
+        return {"chat_template": JINJA, "sampling": parent.sampling or SAMPLING}
+    kept, end = parent.kept, template.end(data.tokenizer) if template and chats else None
+    return kept if end is None else kept | {"stop_ids": tuple(dict.fromkeys([*parent.stop_ids, end]))}

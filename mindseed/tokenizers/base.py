@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from typing import Any, Collection
+from typing import Any, Collection, Iterator
 
 from mindseed.base.errors import UserError
 
@@ -73,12 +73,21 @@ class ByteLevel(ABC):
         require_unicode(text)
         if not allow_special:
             return self.encode_plain(text)
-        ids, start = [], 0
+        ids = []
+        for part, special in self.parts(text):
+            ids += [self.specials[part]] if special else self.encode_plain(part)
+        return ids
+
+    def parts(self, text: str) -> Iterator[tuple[str, bool]]:
+        """The text cut at every spelling of a special token, the longest first: (part, whether it is one)."""
+        start = 0
         for match in self._marker.finditer(text):
-            ids += self.encode_plain(text[start:match.start()])
-            ids.append(self.specials[match[0]])
+            if start < match.start():
+                yield text[start:match.start()], False
+            yield match[0], True
             start = match.end()
-        return ids + self.encode_plain(text[start:])
+        if start < len(text):
+            yield text[start:], False
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not valid UTF-8 become U+FFFD.

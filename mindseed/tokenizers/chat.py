@@ -144,11 +144,13 @@ def to_json(value: Any) -> str:
 # -------------------------------------------------------------------------------------------------------- encoding
 
 def encode_chat(tokenizer: ByteLevel, messages: list[Message], *, tools: Tools = None, generation_prompt: bool = False,
-                thinking: bool | None = None, training: bool = False) -> Encoded:
-    """(ids, trainable) of a conversation. `training` refuses one without an assistant's turn."""
+                thinking: bool | None = None, training: bool = False, template: Any = None) -> Encoded:
+    """(ids, trainable) of a conversation. `training` refuses one without an assistant's turn. In another project's
+    `template` (template.Template) nothing is trainable; what it teaches is `Template.lessons`."""
     if training:
         require_answer(messages)
-    spans = render(messages, tools=tools, generation_prompt=generation_prompt, thinking=thinking)
+    asked = {"tools": tools, "generation_prompt": generation_prompt, "thinking": thinking}
+    spans = template.spans(tokenizer, messages, **asked) if template else render(messages, **asked)
     return encode_spans(tokenizer, [spans])[0]
 
 
@@ -171,8 +173,8 @@ def encode_spans(tokenizer: ByteLevel, conversations: list[list[Span]]) -> list[
         trainable: list[bool] = []
         for span in spans:
             if span.control and span.text not in tokenizer.specials:
-                raise UserError(f"the tokenizer has no special token {span.text}, which this conversation needs; "
-                                "train one with `mindseed tokenizer`")
+                raise UserError(f"the tokenizer has no special token {span.text}, which this conversation needs, and "
+                                "no chat template beside it tells another way; train one with `mindseed tokenizer`")
             new = [tokenizer.specials[span.text]] if span.control else ids_of[span.text]
             ids += new
             trainable += [span.trainable] * len(new)
@@ -383,5 +385,5 @@ JINJA = (_TEMPLATE.replace("TOOLS_BEFORE", to_json(TOOLS_BEFORE))          # the
 
 
 def template_hash() -> str:
-    """sha256 of the template, stored with weights: serving refuses a model that was trained with another."""
+    """sha256 of the template, stored with weights and prepared data: what was made with another is told from it."""
     return hashlib.sha256(JINJA.encode()).hexdigest()

@@ -11,6 +11,7 @@ a document says where it begins.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ CUTS_ONLY = {"Split", "Digits", "Punctuation"}    # pre-tokenizers that cut and 
 # ------------------------------------------------------------------------------------------------------------- out
 
 def save_tokenizer(tokenizer: ByteLevel, directory: Path | str, *, chat_template: str | None = None,
-                   max_len: int | None = None) -> None:
-    """Write tokenizer.json and tokenizer_config.json. `max_len` is the context in tokens that the model allows."""
+                   max_len: int | None = None, marks: Mapping[str, str] | None = None) -> None:
+    """Write tokenizer.json and tokenizer_config.json. `max_len` is the context in tokens that the model allows; `marks`
+    are the spellings of bos_token, eos_token and so on [what stands around a document]."""
     directory = Path(directory)
     write_json(directory / "tokenizer.json", tokenizer_json(tokenizer))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False,
                               "add_eos_token": False, "clean_up_tokenization_spaces": False}
     begin, end = document_marks(tokenizer.specials) or (None, None)
-    for name, spelling in (("pad_token", PAD), ("bos_token", begin), ("eos_token", end)):
+    for name, spelling in (marks or {"pad_token": PAD, "bos_token": begin, "eos_token": end}).items():
         if spelling in tokenizer.specials:
             config[name] = spelling
     if max_len is not None:
