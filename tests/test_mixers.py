@@ -14,7 +14,7 @@ from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.linear_attention import DeltaConfig, chunked, recurrent
 from mindseed.nn.mla import MLA
 from mindseed.nn.rope import RopeConfig, rope_tables, rotate
-from tests.tiny import DYNAMIC, KITS, MIXER_KIT, VOCAB, flat, kit, kit_model, random_batch
+from tests.tiny import DYNAMIC, KITS, MIXER_KIT, VOCAB, flat, kit, kit_model, random_batch, tiny_model
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
@@ -224,6 +224,12 @@ def test_attend_equals_the_oracle(packed, alibi, window):
     bias = -slopes[:, None, None] * back if alibi else None
     weight = torch.randn(2, T, 6, 5, generator=g, dtype=torch.float64)
     want = attend_oracle(q, k, v, visible[:, None], scale=0.3, bias=bias)
+    flexible = Layout(positions, flex=True)
+    flexible.add_view(window, distance=alibi)
+    assert (flexible.views[window].blocks is not None) == (packed or window is not None and window < T)
+    with torch.no_grad():                                                # it has no backward pass on a CPU
+        got = attend(q.detach(), k.detach(), v.detach(), flexible.views[window], scale=0.3, slopes=slopes)
+    torch.testing.assert_close(got, want.detach(), **EXACT)
     wanted = torch.autograd.grad((want * weight).sum(), (q, k, v))
     views = [layout.views[window], replace(layout.views[window], ranges=None, mask=visible[:, None])]   # blocked, SDPA
     for view in views:
@@ -231,6 +237,19 @@ def test_attend_equals_the_oracle(packed, alibi, window):
         torch.testing.assert_close(got, want, **EXACT)
         for a, b in zip(torch.autograd.grad((got * weight).sum(), (q, k, v)), wanted):
             torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")
+@pytest.mark.parametrize("changes", [{}, {"pattern": "S", "window": 70}])
+def test_flex_attention_learns_as_masks_do(changes):
+    model = tiny_model(head_dim=16, **changes).cuda()
+    batch, gradients = random_batch(2, 300).to("cuda"), []
+    for flex in (False, True):
+        model.flex = flex
+        loss = model(batch.ids, batch.positions).logps(batch.targets).mul(batch.weights).sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
 
 
 def test_recomputation_changes_nothing(config):

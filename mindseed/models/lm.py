@@ -23,7 +23,8 @@ from mindseed.nn.norm import NORMS, LayerNorm, RMSNorm
 class LM(nn.Module):
     """ids (B, T), positions (B, T) -> Output. With `state`, keys of earlier calls are seen and new ones are kept.
 
-    `recompute` trades time for memory: blocks keep only their input and run again in the backward pass.
+    `recompute` trades time for memory: blocks keep only their input and run again in the backward pass. `flex` attends
+    within packed documents and windows through FlexAttention, which learns on a GPU only.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -37,6 +38,7 @@ class LM(nn.Module):
         self.mtp = nn.ModuleList(MTPModule(config, layer) for layer in config.mtp)
         self.recompute = False
         self.attention: Kernel = BlockedAttention.apply
+        self.flex = False
         self.reset_parameters()
 
     def forward(self, ids: Tensor, positions: Tensor, state: State | None = None) -> Output:
@@ -73,7 +75,8 @@ class LM(nn.Module):
 
     def layout(self, positions: Tensor, state: State | None) -> Layout:
         """Masks and rotary tables for this batch, made once for all layers."""
-        layout = Layout(positions, None if state is None else state.begin(positions), kernel=self.attention)
+        layout = Layout(positions, None if state is None else state.begin(positions), kernel=self.attention,
+                        flex=self.flex)
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
         for block in (*self.blocks, *(module.block for module in self.mtp if self.training)):
             block.mixer.add_to(layout, dtype)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindseed.nn.blocked import BlockedAttention, key_ranges
+from mindseed.nn.flex import BlockMask, block_mask, flex_attend
 from mindseed.nn.rope import RopeConfig, rope_tables
 
 Kernel = Callable[..., Tensor]
@@ -33,6 +34,7 @@ class View:
     ranges: list[tuple[int, int, int]] | None = None        # which keys a block of queries needs, see blocked.py
     distance: Tensor | None = None                          # (B or 1, T, S): how far back a key lies, for ALiBi
     kernel: Kernel = BlockedAttention.apply                 # what attends when there are ranges
+    blocks: BlockMask | None = None                         # the mask as FlexAttention takes it
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Layout:
     positions: Tensor                                       # (B, T)
     key_positions: Mapping[Window, Tensor] | None = None    # while decoding: (B, S) by window
     kernel: Kernel = BlockedAttention.apply
+    flex: bool = False                                      # rules instead of masks, see flex.py
     views: dict[Window, View] = field(default_factory=dict)
     rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     key_rotary: dict[tuple[RopeConfig, int, Window], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -52,7 +55,7 @@ class Layout:
     def add_view(self, window: Window, *, distance: bool = False) -> None:
         """Make the view of one window, unless it is there; `distance` for layers that weigh how far a key lies."""
         view = self.views.get(window) or (self.training if self.key_positions is None else self.decoding)(window)
-        if distance and view.distance is None:
+        if distance and view.distance is None and view.blocks is None:
             keys = self.positions if self.key_positions is None else self.key_positions[window]
             view = replace(view, distance=self.positions[:, :, None] - keys[:, None, :])
         self.views[window] = view
@@ -62,6 +65,8 @@ class Layout:
         T = self.positions.shape[1]
         window = None if window is not None and window >= T else window
         ranges = key_ranges(self.positions, window) if self.positions.device.type == "cpu" else None
+        if self.flex and (self.packed or window is not None):
+            return View(window=window, blocks=block_mask(self.positions, window))
         if not self.packed and (ranges or window is None):
             return View(None, window, ranges, kernel=self.kernel)
         document = (self.positions == 0).cumsum(1)                                # (B, T)
@@ -107,6 +112,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float | None =
     """
     B, T, H, K = q.shape
     G = k.shape[2]
+    if view.blocks is not None:
+        return flex_attend(q, k, v, view.blocks, scale=scale, slopes=slopes)
     if view.ranges is not None:
         return view.kernel(q, k, v, view.mask, view.ranges, scale or 1 / math.sqrt(K), view.window, slopes)
     mask = view.mask

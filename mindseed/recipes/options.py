@@ -81,6 +81,9 @@ class LoopOptions:
                                         elsewhere=("dtype", "bf16 bf16", "fp16 fp16"))
     compile: bool = option(False, help="compile each block with torch.compile",
                            elsewhere=("use_compile", "torch_compile"))
+    attention: Literal["auto", "flex"] = option(
+        "auto", help="flex: FlexAttention for packed rows and windows, on a GPU; auto: torch's fused attention, on a "
+                     "CPU our own in blocks")
     recompute: bool = option(False, help="recompute activations in the backward pass: less memory, a third more work",
                              elsewhere=("gradient_checkpointing",))
     ema: float | None = option(None,
@@ -183,11 +186,15 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
     if steps is None and tokens is not None:
         steps = max(1, math.ceil(tokens / (batch * seq_len)))
     if lr is None and steps is not None:
-        rate = 0.3118 * (6 * params * steps * batch * seq_len) ** -0.125
-        lr = float(f"{rate if options.model.start is None else rate / 5:.2g}")
+        lr = peak_rate(params, steps * batch * seq_len, share=1 if options.model.start is None else 1 / 5)
     return replace(options, optim=replace(options.optim, lr=lr), loop=replace(
         loop, batch=batch, micro_batch=micro, steps=steps, epochs=None if steps is not None else loop.epochs,
         minutes=None if steps is not None else loop.minutes))
+
+
+def peak_rate(params: int, tokens: int, *, share: float = 1.0) -> float:
+    """Peak learning rate of a run of so many tokens from nothing, or a share of it, to two digits."""
+    return float(f"{share * 0.3118 * (6 * params * tokens) ** -0.125:.2g}")
 
 
 def batch_rows(params: int, seq_len: int, unit: int, *, tokens: float | None, steps: int | None) -> int:

@@ -100,7 +100,9 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
     groups = parameter_groups(model, options.optim)
     backend = NativeBackend(model, objective, build_optimizers(groups, options.optim),
                             precision=options.loop.precision, max_norm=options.optim.max_norm)
-    model.recompute = options.loop.recompute
+    model.recompute, model.flex = options.loop.recompute, options.loop.attention == "flex"
+    if model.flex and device.type != "cuda":
+        raise UserError(f"loop.attention=flex has no backward pass on {device.type}; leave it out")
     if options.loop.compile:
         model.compile_blocks()
     run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device, balance=Balance(model),
