@@ -144,6 +144,14 @@ def test_the_recipe_extends_measures_and_goes_on(tmp_path, capsys):
     assert cli.main(command) == 0                                         # nothing is trained again
     again = json.loads((tmp_path / "long" / "context.json").read_text())["measured"]["before"]
     assert set(again["recall"]) == {"128", "256", "512"}
+    told = [json.loads(line) for line in (tmp_path / "long" / "256" / "log.jsonl").read_text().splitlines()]
+    bits = [row["bits_per_byte/needles-256"] for row in told if "bits_per_byte/needles-256" in row]
+    assert bits and all(0 < b < 12 for b in bits)                         # a digit's, whatever it weighs in training
+    assert cli.main([*command, "--needles", "7"]) == 0                    # other questions are other figures
+    fresh = json.loads((tmp_path / "long" / "context.json").read_text())
+    assert fresh["needles"] == 7 and list(fresh["measured"]) == ["before", "128", "256", "512"]
+    assert all(round(7 * share) == pytest.approx(7 * share) for one in fresh["measured"].values()
+               for share in one["recall"].values())
     assert (tmp_path / "long" / "512" / "model" / "model.safetensors").read_bytes() == weights
     capsys.readouterr()
     assert cli.main(["extend", str(tmp_path / "base"), "--data", str(file), "--lengths", "64"]) == 2

@@ -189,7 +189,8 @@ def read_config(data: dict[str, Any], ours: dict[str, Any], folder: Path) -> tup
         try:
             exact = config_from_dict(ours["config"])
         except UserError as error:
-            raise UserError(f"{folder / 'mindseed.json'}: {error}") from None
+            remedy = "" if data.get("model_type") == NATIVE else "; delete the file to go by config.json alone"
+            raise UserError(f"{folder / 'mindseed.json'}: {error}{remedy}") from None
     if data.get("model_type") == NATIVE:
         if not isinstance(exact, LMConfig):
             raise UserError(f"{folder} is in this project's own layout and needs its mindseed.json; restore the file")

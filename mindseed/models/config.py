@@ -107,6 +107,9 @@ def config_from_dict(data: Any) -> Any:
     if kind is None:
         raise UserError(f"unknown kind of configuration {data.get('kind')!r}; this version knows {', '.join(KINDS)}")
     values = {key: config_from_dict(value) for key, value in data.items() if key != "kind"}
+    if unknown := sorted(values.keys() - hints_of(kind).keys()):
+        raise UserError(f"{data['kind']} has no {', '.join(map(repr, unknown))} in this version, so another version "
+                        "wrote it")
     for key, hint in hints_of(kind).items():
         if key in values and not is_of(values[key], hint):
             raise UserError(f"{key} of {data['kind']} must be {spell(hint)}, not {describe(data[key])}")

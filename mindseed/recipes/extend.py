@@ -31,14 +31,16 @@ from mindseed.models.extend import extended
 from mindseed.models.lm import LM
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
+from mindseed.plan.params import count_params
 from mindseed.recipes import prepare, train
 from mindseed.recipes.charts import Curve, line_chart
 from mindseed.recipes.machine import choose_device
 from mindseed.recipes.model_options import ModelOptions
-from mindseed.recipes.options import DataOptions, LoopOptions, TrainOptions
+from mindseed.recipes.options import DataOptions, LoopOptions, TrainOptions, peak_rate
 from mindseed.recipes.report import template
 from mindseed.tasks.context import hide, loss_by_position, quiz, recall, streams
 
+COLOURS = 8                                       # of context.html.j2
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FIGURES = {"first": int, "needles": int, "measured": {str: {"edges": [int], "bits_per_token": [float],
                                                             "recall": {str: float}}}}
@@ -49,10 +51,11 @@ class Options:
     model: str = option("", help="model directory to start from", positional=True)
     data: tuple[str, ...] = option((), help="texts to train on and to measure with: files, folders or globs")
     lengths: tuple[int, ...] = option((2048, 8192), help="context of each phase, in tokens, rising")
-    steps: int = option(300, help="optimiser steps of each phase")
-    batch_tokens: int = option(8192, help="tokens of an optimiser step (at least one row)")
-    lr: float | None = option(None, help="peak learning rate [derived: a fifth of what training from nothing takes]")
-    needle_share: float = option(0.3, help="share of the rows in which digits must be found again")
+    steps: int = option(400, help="optimiser steps of each phase")
+    batch_tokens: int = option(4096, help="tokens of an optimiser step (at least one row)")
+    lr: float | None = option(None, help="peak learning rate [derived: half of what training from nothing takes, as "
+                                         "small models need it to learn to reach back]")
+    needle_share: float = option(0.5, help="share of the rows in which digits must be found again")
     needles: int = option(50, help="needles per length in the test")
     heldout: float = option(0.05, help="share of the texts to measure with, chosen by their hash")
     out: str = option("runs/long", help="folder of the phases, the figures and the model; goes on where it stopped")
@@ -84,6 +87,8 @@ def main(options: Options) -> None:
     figures = (read_json(out / "context.json", FIGURES, remedy="remove it to measure again")
                if (out / "context.json").exists() else
                {"first": first, "needles": options.needles, "lengths": [], "measured": {}})
+    if figures["needles"] != options.needles:     # other questions: what was measured is no comparison
+        figures |= {"needles": options.needles, "measured": {}}
     figures["lengths"] = [n for n in (first * 2**i for i in range(20)) if n <= longest]
     start, stages = options.model, ["before", *map(str, options.lengths)]
     for stage in stages:
@@ -108,13 +113,16 @@ def phase(options: Options, start: str, length: int, texts: Prepared, base: Load
         splits = {split: quizzes(base.tokenizer, texts.split(split), length, tokens=share * tokens, seed=options.seed)
                   for split, share in (("train", 1.0), ("heldout", 0.05))}
         write_prepared(folder, base.tokenizer, splits, f"needles in {length} tokens")
+    lr = options.lr
+    if lr is None:
+        lr = peak_rate(count_params(base.model.config).active, options.steps * batch * length, share=0.5)
     return TrainOptions(
         out=str(Path(options.out) / str(length)), resume="auto", seed=options.seed, device=options.device,
         model=ModelOptions(start=start, extend=length > base.model.config.seq_len),
         data=DataOptions(train=(str(texts.folder), str(folder)), weights=(1 - options.needle_share,
                                                                           options.needle_share),
                          seq_len=length, cross_documents=True),
-        optim=OptimConfig(lr=options.lr), schedule=ScheduleConfig(warmup_steps=10, decay=0.4),
+        optim=OptimConfig(lr=lr), schedule=ScheduleConfig(warmup_steps=10, decay=0.4),
         loop=LoopOptions(steps=options.steps, batch=batch, sample_every=0, validate_documents=20))
 
 
@@ -165,7 +173,7 @@ def report(figures: dict[str, Any], stages: list[str], out: Path) -> None:
           [[str(n), *(f"{100 * m['recall'][str(n)]:.0f}%" for m in some.values())] for n in figures["lengths"]])
     log2 = lambda x: math.log2(max(1, x))                                          # noqa: E731
     middles = [log2((a + b) / 2) for a, b in zip(edges, edges[1:])]
-    styles = {name: f"s{min(i, 4)}" for i, name in enumerate(some)}
+    styles = {name: f"s{i % COLOURS}" for i, name in enumerate(some)}
     loss = line_chart([Curve(name=name, points=list(zip(middles, m["bits_per_token"])), style=styles[name])
                        for name, m in some.items()], label="loss by position", x_label="log2 of the position")
     found = line_chart([Curve(name=name, points=[(log2(int(n)), 100 * x) for n, x in m["recall"].items()],

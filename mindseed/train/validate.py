@@ -15,6 +15,8 @@ from mindseed.train.native import NativeBackend
 def evaluate(backend: NativeBackend, batches: Iterable[Batch], *, raw_bytes: int) -> dict[str, float]:
     """Negative log-likelihood over all supervised tokens of `batches`, which together spell `raw_bytes` bytes of UTF-8.
 
+    A token counts once, whatever it weighs in training: the result is a property of the text.
+
     Every rank is given all batches and takes its share; the result is the same on all. The model's mode is left alone.
     """
     device = backend.device
@@ -25,7 +27,8 @@ def evaluate(backend: NativeBackend, batches: Iterable[Batch], *, raw_bytes: int
         batch = batch.to(device)
         with backend.autocast():
             logps = backend.model(batch.ids, batch.positions).logps(batch.targets)
-        sums[0] -= (logps.double() * batch.weights).sum()
-        sums[1] += batch.weights.sum()
+        supervised = batch.weights > 0
+        sums[0] -= logps[supervised].double().sum()
+        sums[1] += supervised.sum()
     nats, tokens = dist.sum_over_ranks(sums).tolist()
     return {"bits_per_byte": nats / math.log(2) / max(raw_bytes, 1), "nll": nats / max(tokens, 1)}
