@@ -22,6 +22,7 @@ from mindseed.tokenizers.base import SPECIALS
 from mindseed.tokenizers.bpe_train import train as train_bpe
 from mindseed.tokenizers.byte import Byte
 from mindseed.tokenizers.hf_json import save_tokenizer
+from mindseed.tokenizers.template import read_template
 from tests.test_house import code_lines
 from tests.test_minimind import SHAPES, original
 
@@ -49,6 +50,23 @@ def rows_of(title: str) -> list[list[str]]:
             if line.startswith("|")][2:]
 
 
+THEIRS = """\
+{%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' %}{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
+    {{- m.content }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '<tool_call>' + call.function.name + call.function.arguments | tojson + '</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}{%- if not open_thinking %}{{- '\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}
+"""
+
+
 @pytest.fixture(scope="module")
 def minimind(tmp_path_factory) -> Path:
     """A folder as MiniMind's, with a toy's data and weights."""
@@ -60,14 +78,14 @@ def minimind(tmp_path_factory) -> Path:
     write("pretrain_t2t_mini.jsonl", [{"text": f"秦始皇是 number {i}, 第{i}个"} for i in range(24)])
     write("sft_t2t_mini.jsonl", [{"conversations": CHATS[i % 2]} for i in range(16)])
     write("dpo.jsonl", [{"chosen": CHATS[0], "rejected": [CHATS[0][0], {"role": "assistant", "content": "no"}]}])
-    save_tokenizer(Byte(), folder / "model")
+    save_tokenizer(Byte(), folder / "model", chat_template=THEIRS)
     model, state = original(SHAPES["dense"])
     half = {name: x.half() for name, x in state.items()}
     torch.save(half, folder / "out" / "full_sft_768.pth")
     torch.save({name: x.half() for name, x in original(SHAPES["mixture"])[1].items()},
                folder / "out" / "full_sft_768_moe.pth")
     torch.save(half, folder / "minimind-3" / "pytorch_model.bin")
-    save_tokenizer(Byte(), folder / "minimind-3")
+    save_tokenizer(Byte(), folder / "minimind-3", chat_template=THEIRS)
     (folder / "minimind-3" / "config.json").write_text(json.dumps({
         "model_type": "minimind", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": model.config.vocab_size,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 40, "rope_theta": 1e6,
@@ -109,7 +127,10 @@ def test_every_command_runs(minimind, monkeypatch, capsys):
             (minimind / "chatted").touch()
     for name in ("pretrain", "sft", "sft-more", "moe", "two", "as-there"):
         assert (minimind / "runs" / name / "model" / "config.json").exists(), name
+        if name != "two":                                             # whose preset trains a tokenizer of its own
+            assert read_template(minimind / "runs" / name / "model")[0] == THEIRS, name
     assert json.loads((minimind / "runs" / "minimind" / "config.json").read_text())["model_type"] == "qwen3"
+    assert "<think>\n\n</think>\n\n" in Byte().decode(Prepared("runs/data").split("train").get(1)[0].tolist())
 
 
 def test_what_the_page_says_of_files(minimind, tmp_path, monkeypatch, capsys):

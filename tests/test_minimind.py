@@ -45,7 +45,7 @@ def saved(request, tmp_path):
     model, state = original(request.param)
     (tmp_path / "out").mkdir()
     (tmp_path / "model").mkdir()
-    save_tokenizer(Byte(), tmp_path / "model")
+    save_tokenizer(Byte(), tmp_path / "model", chat_template="{# theirs #}")
     torch.save(state, tmp_path / "out" / "full_sft_32.pth")
     return model, tmp_path
 
@@ -64,6 +64,7 @@ def test_convert_needs_no_flags(saved, capsys):
     assert cli.main(["convert", str(folder / "out" / "full_sft_32.pth"), str(folder / "copy")]) == 0
     assert "logits of the copy: equal" in capsys.readouterr().out
     copy = load_directory(folder / "copy")
+    assert copy.chat_template == "{# theirs #}" and copy.template is not None
     assert all(torch.equal(x, copy.model.state_dict()[name]) for name, x in model.state_dict().items())
 
 

@@ -64,7 +64,18 @@ MARKED = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>bot\\n' }}{%- endif %}
 """
-ALL = {"appending": APPENDING, "forgetting": FORGETTING, "opening": OPENING, "marked": MARKED}
+CLOSING = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' %}{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}
+    {{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}
+    {%- if open_thinking is not defined or not open_thinking %}{{- '\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}
+"""
+ALL = {"closing": CLOSING, "appending": APPENDING, "forgetting": FORGETTING, "opening": OPENING, "marked": MARKED}
 
 
 def user(text: str) -> dict:
@@ -109,6 +120,13 @@ def test_a_template_that_rewrites_the_past_gives_one_lesson_for_each_thing_the_m
 def test_a_prompt_that_opens_what_the_history_leaves_out():
     assert lessons(OPENING, [user("a"), says("<think>hm</think><tool_call>")]) == [
         "<|im_start|>a<|vision_start|>[<tool_call><|im_end|>]"]      # "<t" is common to both and no token of its own
+
+
+def test_a_prompt_that_shuts_a_think_block_is_not_learnt_and_thoughts_are():
+    """As in MiniMind, whose prompt has an empty block unless it is asked to think."""
+    assert lessons(CLOSING, TALK[:4]) == [
+        "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n<think>\n[easy\n</think>\n\n1.<|im_end|>]\n"
+        "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n[2.<|im_end|>]\n"]
 
 
 @settings(max_examples=100, deadline=None)
