@@ -122,6 +122,23 @@ def test_a_prompt_that_opens_what_the_history_leaves_out():
         "<|im_start|>a<|vision_start|>[<tool_call><|im_end|>]"]      # "<t" is common to both and no token of its own
 
 
+NULL = """\
+{%- for m in messages %}
+    {%- if m.role == 'assistant' and m.content is none %}
+        {{- '<|im_start|>' + m.tool_calls[0].function.name + ': ' + m.tool_calls[0].function.arguments + '<|im_end|>' }}
+    {%- else %}{{- m.role + ': ' + m.content + '<|im_end|>' }}{%- endif %}
+{%- endfor %}
+"""
+
+
+def test_calls_are_told_as_a_template_wants_them_or_refused():
+    """As in DeepSeek's: a call only where the content is null, its arguments as JSON. None may be lost in silence."""
+    told, = lessons(NULL, CALLING)
+    assert told.startswith('user: rain?<|im_end|>[<|im_start|>weather: {"city": "Rome"}<|im_end|>]')
+    with pytest.raises(UserError, match="leaves out a tool call"):
+        lessons(APPENDING, CALLING)
+
+
 def test_a_prompt_that_shuts_a_think_block_is_not_learnt_and_thoughts_are():
     """As in MiniMind, whose prompt has an empty block unless it is asked to think."""
     assert lessons(CLOSING, TALK[:4]) == [
@@ -183,9 +200,11 @@ dialogues = st.lists(st.tuples(content, content), min_size=1, max_size=3).map(
 
 @pytest.mark.parity
 @settings(max_examples=60, deadline=None)
-@given(talk=st.one_of(dialogues, st.just(CALLING), st.just(TALK)), source=st.sampled_from(sorted(ALL)),
+@given(case=st.one_of(st.tuples(dialogues | st.just(TALK), st.sampled_from(sorted(ALL))),
+                      st.just((CALLING, "forgetting"))),
        prompt=st.booleans(), thinking=st.sampled_from([None, True, False]), listed=st.sampled_from([None, [WEATHER]]))
-def test_transformers_renders_the_same(tokenizer, auto, talk, source, prompt, thinking, listed):
+def test_transformers_renders_the_same(tokenizer, auto, case, prompt, thinking, listed):
+    talk, source = case
     ours = Template(ALL[source], MARKS).spans(tokenizer, talk, tools=listed, generation_prompt=prompt,
                                               thinking=thinking)
     theirs = [message | ({"tool_calls": [{"type": "function", "function": call} for call in message["tool_calls"]]}

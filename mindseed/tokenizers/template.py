@@ -34,6 +34,8 @@ from mindseed.tokenizers.base import ByteLevel
 from mindseed.tokenizers.chat import JINJA, Message, Span, Tools, check, text_of
 
 MARKS = ("bos_token", "eos_token", "pad_token", "unk_token")
+FORMS = (("", False), ("", True), (None, False), (None, True))        # of calls: templates differ, see `theirs`
+FAILURES = (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 PRIVATE = range(0xE000, 0xF900)                   # characters that Unicode leaves to private agreement
 
 
@@ -49,15 +51,22 @@ class Template:
 
     def text(self, messages: list[Message], *, tools: Tools = None, generation_prompt: bool = False,
              thinking: bool | None = None) -> str:
-        """The rendered conversation. UserError with the template's own words where it refuses one."""
-        known = dict(self.marks)
+        """The rendered conversation. UserError with the template's own words where it refuses one, or says nothing of
+        a tool call."""
+        known: dict[str, Any] = {"tools": tools, "add_generation_prompt": generation_prompt, **dict(self.marks)}
         if thinking is not None:
             known |= {"enable_thinking": thinking, "open_thinking": thinking}
-        try:
-            return compiled(self.source).render(messages=[theirs(message) for message in messages], tools=tools,
-                                                add_generation_prompt=generation_prompt, **known)
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            raise UserError(f"the model's chat template cannot tell this conversation: {error}") from None
+        names = [(call.get("function") or call)["name"] for m in messages for call in m.get("tool_calls") or []]
+        problem = "it leaves out a tool call"
+        for form in FORMS if names else FORMS[:1]:
+            try:
+                text = compiled(self.source).render(messages=[theirs(message, *form) for message in messages], **known)
+            except FAILURES as error:
+                problem = str(error)
+                continue
+            if all(name in text or json.dumps(name, ensure_ascii=False)[1:-1] in text for name in names):
+                return text
+        raise UserError(f"the model's chat template cannot tell this conversation: {problem}")
 
     def spans(self, tokenizer: ByteLevel, messages: list[Message], *, tools: Tools = None,
               generation_prompt: bool = False, thinking: bool | None = None) -> list[Span]:
@@ -102,10 +111,17 @@ def common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def theirs(message: Message) -> Message:
-    """A message as templates expect it: calls in OpenAI's form."""
-    calls = [{"type": "function", "function": call.get("function") or call} for call in message.get("tool_calls") or []]
-    return {**message, "content": text_of(message)} | ({"tool_calls": calls} if calls else {})
+def theirs(message: Message, nothing: str | None, spelt: bool) -> Message:
+    """A message as templates expect it: calls in OpenAI's form, `nothing` for the content that is not there beside
+    them, their arguments as an object or `spelt` as JSON."""
+    calls = []
+    for call in message.get("tool_calls") or []:
+        call = call.get("function") or call
+        arguments = call.get("arguments") or {}
+        calls.append({"type": "function", "function": call | {
+            "arguments": to_json(arguments) if spelt and not isinstance(arguments, str) else arguments}})
+    content = text_of(message) or (nothing if calls else "")
+    return {**message, "content": content} | ({"tool_calls": calls} if calls else {})
 
 
 class Guard:
