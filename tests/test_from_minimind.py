@@ -231,6 +231,14 @@ def test_its_special_tokens_are_ours():
     assert [train_bpe(["种子 seed"] * 9, vocab_size=300).specials[name] for name in SPECIALS[:3]] == [0, 1, 2]
 
 
+def test_the_chinese_page_says_the_same():
+    """Its commands, flags and files are those of the English one, in the same order."""
+    def code(page: Path) -> list[str]:
+        return re.findall(r"(?s)```.*?```|`[^`]+`", page.read_text(encoding="utf-8"))
+
+    assert code(PAGE.with_suffix(".zh.md")) == code(PAGE)
+
+
 def test_what_is_missing_is_not_here():
     """When one of these comes, the page must say so."""
     assert all("not yet" in here for _, here in rows_of("Not yet"))
