@@ -35,7 +35,6 @@ from mindseed.tokenizers.chat import JINJA, Message, Span, Tools, check, text_of
 
 MARKS = ("bos_token", "eos_token", "pad_token", "unk_token")
 FORMS = (("", False), ("", True), (None, False), (None, True))        # of calls: templates differ, see `theirs`
-FAILURES = (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 PRIVATE = range(0xE000, 0xF900)                   # characters that Unicode leaves to private agreement
 
 
@@ -61,7 +60,7 @@ class Template:
         for form in FORMS if names else FORMS[:1]:
             try:
                 text = compiled(self.source).render(messages=[theirs(message, *form) for message in messages], **known)
-            except FAILURES as error:
+            except Exception as error:            # a stranger's program may fail in any way
                 problem = str(error)
                 continue
             if all(name in text or json.dumps(name, ensure_ascii=False)[1:-1] in text for name in names):
