@@ -20,6 +20,7 @@ from mindseed.models.presets import PRESETS, Shape
 from mindseed.nn.rope import LinearScaling, RopeConfig, YarnScaling
 from mindseed.tasks.context import NEEDLES, WEIGHT, hide, loss_by_position, quiz, recall, streams
 from mindseed.tokenizers.byte import Byte
+from mindseed.train.loop import Interrupted
 
 SHAPE = Shape(layers=2, dim=32, heads=2, kv_heads=1, head_dim=16, ffn_dim=48)
 
@@ -118,7 +119,10 @@ def test_streams_cover_the_documents():
 
 
 @pytest.mark.slow
-def test_the_recipe_extends_measures_and_goes_on(tmp_path, capsys):
+def test_the_recipe_extends_measures_and_goes_on(tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise Interrupted("stopped")
+
     model = build(config(seq_len=128), seed=0)
     save_directory(model, Byte(), tmp_path / "base")
     file = tmp_path / "texts.jsonl"
@@ -149,11 +153,24 @@ def test_the_recipe_extends_measures_and_goes_on(tmp_path, capsys):
     assert bits and all(0 < b < 12 for b in bits)                         # a digit's, whatever it weighs in training
     assert cli.main([*command, "--needles", "7"]) == 0                    # other questions are other figures
     fresh = json.loads((tmp_path / "long" / "context.json").read_text())
-    assert fresh["needles"] == 7 and list(fresh["measured"]) == ["before", "128", "256", "512"]
+    assert list(fresh["measured"]) == ["before", "128", "256", "512"]
+    assert all(one["needles"] == 7 for one in fresh["measured"].values())
     assert all(round(7 * share) == pytest.approx(7 * share) for one in fresh["measured"].values()
                for share in one["recall"].values())
     assert (tmp_path / "long" / "512" / "model" / "model.safetensors").read_bytes() == weights
-    capsys.readouterr()
+    assert load_directory(tmp_path / "long" / "model").model.config == end
+    save_directory(build(config(seq_len=128), seed=1), Byte(), tmp_path / "other")
+    for change in (["--steps", "3"], ["--lr", "0.1"], ["--lengths", "256", "512"]):    # what is there is something else
+        capsys.readouterr()
+        assert cli.main([*command, *change]) == 2
+        assert "was trained with" in capsys.readouterr().err
+    assert cli.main(["extend", str(tmp_path / "other"), *command[2:]]) == 2
+    assert "was trained with start=" in capsys.readouterr().err
+    assert (tmp_path / "long" / "512" / "model" / "model.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "long" / "context.json").read_text()) == fresh
+    monkeypatch.setattr("mindseed.recipes.extend.train.train", stop)
+    assert cli.main([*command[:-4], "--out", str(tmp_path / "new"), "--device", "cpu"]) == 130
+    assert "stopped. Give the same command again" in capsys.readouterr().out
     assert cli.main(["extend", str(tmp_path / "base"), "--data", str(file), "--lengths", "64"]) == 2
     assert "reads 128 tokens already" in capsys.readouterr().err
     assert cli.main(["extend", str(tmp_path / "base"), "--data", str(file), "--lengths", "512", "256"]) == 2

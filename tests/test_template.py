@@ -286,7 +286,8 @@ def test_where_templates_stand(tmp_path, config, file, expected):
 
 @pytest.mark.parametrize(("source", "words"), [
     ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe|not safely callable"),
-    ("{% for %}", "chat template"), ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"), ("{{ messages[9].content + 'x' }}", "chat template")])
+    ("{% for %}", "chat template"), ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
+    ("{{ messages[9].content + 'x' }}", "chat template")])
 def test_a_template_can_do_no_harm(source, words):
     with pytest.raises(UserError, match=words):
         Template(source).spans(Byte(), [user("x")])

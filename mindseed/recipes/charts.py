@@ -83,15 +83,19 @@ def thin(points: list[Point], limit: int = 500) -> list[Point]:
 
 # -------------------------------------------------------------------------------------------------------------- charts
 
-def line_chart(curves: list[Curve], *, label: str, unit: str = "", x_label: str = "step", from_zero: bool = False
-               ) -> Markup:
-    """Curves over a common x with axes, units and values under the pointer. `curves` must hold at least one point."""
+def line_chart(curves: list[Curve], *, label: str, unit: str = "", x_label: str = "step", from_zero: bool = False,
+               powers: bool = False) -> Markup:
+    """Curves over a common x with axes, units and values under the pointer. `curves` must hold at least one point.
+    With `powers` every power of two of x (above 0) is one step further to the right."""
     xs = [x for c in curves for x, _ in c.points]
     ys = [y for c in curves for _, y in c.points]
     rows = ticks(min([0.0, *ys] if from_zero else ys), max(ys))
     low, high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
     columns = [t for t in ticks(low, high, 6) if low <= t <= high]
     at_x = lambda x: (x - low) / (high - low)                                           # noqa: E731
+    if powers:
+        columns = [2.0**i for i in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+        at_x = lambda x: math.log2(x / low) / math.log2(high / low)                     # noqa: E731
     at_y = lambda y: (rows[-1] - y) / (rows[-1] - rows[0])                              # noqa: E731
     step_x = columns[1] - columns[0] if len(columns) > 1 else 1.0
 

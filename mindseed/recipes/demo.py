@@ -87,7 +87,7 @@ def main(options: Options) -> int:
     try:
         grow(demo, device)
     except Interrupted as stop:
-        say(f"{stop} (here: the same `mindseed demo` command)")
+        say(f"{stop}. Give the same command again to go on")
         return 130
     say(f"\nreport     {write_report(demo.folder)}")
     rows = {family: [f"{s['families'][family]:.0f}" for s in demo.stages] for family in demo.stages[0]["families"]}

@@ -11,7 +11,6 @@ context.json and context.html of the run's folder.
 """
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +37,13 @@ from mindseed.recipes.machine import choose_device
 from mindseed.recipes.model_options import ModelOptions
 from mindseed.recipes.options import DataOptions, LoopOptions, TrainOptions, peak_rate
 from mindseed.recipes.report import template
+from mindseed.train.loop import Interrupted
 from mindseed.tasks.context import hide, loss_by_position, quiz, recall, streams
 
 COLOURS = 8                                       # of context.html.j2
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-FIGURES = {"first": int, "needles": int, "measured": {str: {"edges": [int], "bits_per_token": [float],
-                                                            "recall": {str: float}}}}
+FIGURES = {"first": int, "model?": str, "phases?": {str: {str: Any}},
+           "measured": {str: {"edges": [int], "bits_per_token": [float], "recall": {str: float}, "needles?": int}}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,8 @@ class Options:
     needle_share: float = option(0.5, help="share of the rows in which digits must be found again")
     needles: int = option(50, help="needles per length in the test")
     heldout: float = option(0.05, help="share of the texts to measure with, chosen by their hash")
-    out: str = option("runs/long", help="folder of the phases, the figures and the model; goes on where it stopped")
+    out: str = option("runs/long", help="folder of the phases, the figures and, as `model`, the last phase's model; goes "
+                                          "on where it stopped")
     seed: int = option(0, help="seed of the order of the data and of the needles")
     device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto: the GPU if there is one")
 
@@ -72,9 +73,19 @@ class Options:
                              "positive")
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> int:
     if not options.model or not options.data:
         raise UserError("name a model and texts: mindseed extend MODEL --data FILES")
+    try:
+        extend(options)
+    except Interrupted as stop:
+        say(f"{stop}. Give the same command again to go on")
+        return 130
+    return 0
+
+
+def extend(options: Options) -> None:
+    """All phases, and the figures before and after each. Raises Interrupted when it was asked to stop."""
     device, out = choose_device(options.device), make_folder(options.out)
     base = load_directory(options.model, device=device)
     first, tokenizer = base.model.config.seq_len, base.tokenizer
@@ -85,24 +96,44 @@ def main(options: Options) -> None:
     texts = Prepared(out / "data")
     longest = max(4 * first, options.lengths[-1])
     figures = (read_json(out / "context.json", FIGURES, remedy="remove it to measure again")
-               if (out / "context.json").exists() else
-               {"first": first, "needles": options.needles, "lengths": [], "measured": {}})
-    if figures["needles"] != options.needles:     # other questions: what was measured is no comparison
-        figures |= {"needles": options.needles, "measured": {}}
+               if (out / "context.json").exists() else {"first": first, "lengths": [], "phases": {}, "measured": {}})
+    whose = str(Path(options.model).resolve())
+    if figures.setdefault("model", whose) != whose:                   # of another model, of which no phase was trained
+        figures |= {"model": whose, "measured": {}}
+    agree(figures.setdefault("phases", {}), options, out)
     figures["lengths"] = [n for n in (first * 2**i for i in range(20)) if n <= longest]
     start, stages = options.model, ["before", *map(str, options.lengths)]
     for stage in stages:
         if stage != "before":
+            write_json(out / "context.json", figures)
             folder = out / stage / "model"
             start = str(folder if folder.exists() else
                         train.train(phase(options, start, int(stage), texts, base), device))
-        there = figures["measured"].get(stage, {"recall": ()})["recall"]
-        if set(there) != set(map(str, figures["lengths"])):           # not yet, or for other lengths
+        there = figures["measured"].get(stage, {"recall": (), "needles": 0})
+        if set(there["recall"]) != set(map(str, figures["lengths"])) or there.get("needles") != options.needles:
             model = base.model if stage == "before" else load_directory(start, device=device).model
             figures["measured"][stage] = measure(model, tokenizer, texts.split("heldout"), figures["lengths"], options)
             write_json(out / "context.json", figures)
-    report(figures, stages, out)
-    say(f"\nThe model is in {start}; it was trained on texts of {options.lengths[-1]} tokens.")
+    report(figures, stages, out, needles=options.needles)
+    link = out / "model"
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(stages[-1]) / "model")
+    say(f"\nThe model is in {link}; it was trained on texts of {options.lengths[-1]} tokens.")
+
+
+def agree(phases: dict[str, dict[str, Any]], options: Options, out: Path) -> None:
+    """Note in `phases` how each phase asked for is trained. UserError if one that is there was trained otherwise."""
+    start = str(Path(options.model).resolve())
+    for stage in map(str, options.lengths):
+        asked = {"start": start, "steps": options.steps, "batch_tokens": options.batch_tokens, "lr": options.lr,
+                 "needle_share": options.needle_share}
+        if not (out / stage).exists():
+            phases[stage] = asked
+        there = phases.setdefault(stage, asked)
+        if differing := [f"{name}={there.get(name)}" for name in asked if there.get(name) != asked[name]]:
+            raise UserError(f"{out / stage} was trained with {', '.join(differing)}; choose another --out, or remove "
+                            f"{out / stage} to train it anew")
+        start = str((out / stage / "model").resolve())
 
 
 def phase(options: Options, start: str, length: int, texts: Prepared, base: Loaded) -> TrainOptions:
@@ -159,10 +190,10 @@ def measure(model: LM, tokenizer: Tokenizer, heldout: Documents, lengths: list[i
             some = [hide(tokenizer, hay[i % len(hay)], length=length, depth=DEPTHS[i % len(DEPTHS)],
                          seed=options.seed * 1_000_003 + i) for i in range(options.needles)]
             found[str(length)] = recall(model, some)
-    return {"edges": edges, "bits_per_token": loss, "recall": found}
+    return {"edges": edges, "bits_per_token": loss, "recall": found, "needles": options.needles}
 
 
-def report(figures: dict[str, Any], stages: list[str], out: Path) -> None:
+def report(figures: dict[str, Any], stages: list[str], out: Path, *, needles: int) -> None:
     """Two tables on the terminal and the curves as a page."""
     some = {stage if stage == "before" else f"after {stage}": figures["measured"][stage] for stage in stages}
     edges = figures["measured"]["before"]["edges"]
@@ -171,14 +202,13 @@ def report(figures: dict[str, Any], stages: list[str], out: Path) -> None:
            for i, (a, b) in enumerate(zip(edges, edges[1:]))])
     table("needle recall (chance: 10%)", ["tokens", *some],
           [[str(n), *(f"{100 * m['recall'][str(n)]:.0f}%" for m in some.values())] for n in figures["lengths"]])
-    log2 = lambda x: math.log2(max(1, x))                                          # noqa: E731
-    middles = [log2((a + b) / 2) for a, b in zip(edges, edges[1:])]
+    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
     styles = {name: f"s{i % COLOURS}" for i, name in enumerate(some)}
     loss = line_chart([Curve(name=name, points=list(zip(middles, m["bits_per_token"])), style=styles[name])
-                       for name, m in some.items()], label="loss by position", x_label="log2 of the position")
-    found = line_chart([Curve(name=name, points=[(log2(int(n)), 100 * x) for n, x in m["recall"].items()],
+                       for name, m in some.items()], label="loss by position", x_label="position, tokens", powers=True)
+    found = line_chart([Curve(name=name, points=[(int(n), 100 * x) for n, x in m["recall"].items()],
                               style=styles[name]) for name, m in some.items()],
-                       label="needle recall", unit="%", x_label="log2 of the length", from_zero=True)
+                       label="needle recall", unit="%", x_label="length, tokens", from_zero=True, powers=True)
     page = template("context.html.j2").render(loss=loss, recall=found, styles=styles, trained=stages[-1],
-                                              **{key: figures[key] for key in ("first", "needles")})
+                                              first=figures["first"], needles=needles)
     write_text(out / "context.html", page)

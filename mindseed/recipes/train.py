@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,10 @@ def main(options: TrainOptions) -> int:
             folder = train(options, device)
         except Interrupted as stop:
             if dist.is_main():
-                say(str(stop))
+                say(f"{stop}. Give the same command with --resume to go on")
             return 130
         if dist.is_main():
-            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {folder}\n")
+            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {shlex.quote(str(folder))}\n")
     return 0
 
 

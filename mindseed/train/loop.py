@@ -80,8 +80,7 @@ def fit(plan: Fit) -> dict[str, Any]:
             if plan.checkpoints and (done or stop or plan.save_every and run.step % plan.save_every == 0):
                 path = plan.checkpoints.save(run, plan.ema, score=values.get(plan.score))
                 if stop and not done:
-                    raise Interrupted(f"stopped after step {run.step} of {plan.steps}; saved {path}. "
-                                      "Give the same command with --resume to go on")
+                    raise Interrupted(f"stopped after step {run.step} of {plan.steps}; saved {path}")
     return plan.last
 
 
