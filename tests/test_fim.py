@@ -12,6 +12,7 @@ from mindseed.base.errors import UserError
 from mindseed.data import fim
 from mindseed.data.prepare import prepare
 from mindseed.data.shards import Prepared
+from mindseed.recipes.generate import HOLE, fill_prompt
 from mindseed.tokenizers.base import BOS_ID, BUFFERS, EOS_ID, SPECIALS
 from mindseed.tokenizers.byte import Byte
 from mindseed.tokenizers.hf_json import save_tokenizer
@@ -149,3 +150,35 @@ def test_the_option_of_train_reaches_the_data(tmp_path):
     made = Prepared(tmp_path / "run" / "data" / "0-a")
     assert made.manifest["fim_rate"] == 1.0
     assert sorted(map(restored, documents(made))) == sorted(row["text"].encode() for row in rows)
+
+
+def test_a_gap_is_asked_for_as_it_was_trained(tmp_path, capsys):
+    """The prompt is what stands before the middle in a training document; texts without one gap are refused."""
+    parts = ("def area(r): return ", "3.14", " * r")
+    prompt = fill_prompt(f"{parts[0]}{HOLE}{parts[2]}", Byte())
+    whole = [Byte().specials["<|im_start|>"], *fim.fim_ids(tuple(map(Byte().encode, parts)), fim.markers(Byte()))]
+    assert whole == prompt + Byte().encode(parts[1])
+    for text in ("no gap", f"{HOLE} and {HOLE}"):
+        with pytest.raises(UserError, match="needs <fill> once"):
+            fill_prompt(text, Byte())
+    texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{i} is a number"}) + "\n" for i in range(30)))
+    chats.write_text("".join(json.dumps({"messages": [{"role": "user", "content": f"{i}?"},
+                                                      {"role": "assistant", "content": "yes"}]}) + "\n"
+                             for i in range(30)))
+    save_tokenizer(Byte(), tmp_path / "byte")
+    train = ["train", "--data.tokenizer", str(tmp_path / "byte"), "--depth", "2", "--data.seq_len", "48",
+             "--loop.steps", "2", "--loop.batch", "2", "--data.fim_rate", "0.5"]
+    assert cli.main([*train, "--data.train", str(texts), "--out", str(tmp_path / "run")]) == 0
+    assert "no effect" not in capsys.readouterr().err
+    model = str(tmp_path / "run" / "model")
+    assert cli.main(["generate", model, "--mode", "fim", "--prompt", f"1 {HOLE} number", "--max-new", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
+    assert cli.main([*train, "--data.train", str(chats), "--out", str(tmp_path / "other")]) == 0
+    assert "data.fim_rate has no effect: there are only conversations" in capsys.readouterr().err
+    capsys.readouterr()                           # a run's folder is shown with the run's own settings
+    assert cli.main(["show-batch", str(tmp_path / "run"), "--rows", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "of 48 slots" in said and str(tmp_path / "run" / "data" / "0-texts") in said
+    assert cli.main(["show-batch", str(tmp_path / "run"), "--entry", "1"]) == 2
+    assert "was trained on 1 entries" in capsys.readouterr().err

@@ -256,12 +256,12 @@ DEEP = SHAPES["deepseek2"]
 
 @pytest.mark.parametrize("shape, rope, changes, words", [
     (replace(SHAPE, pattern="SL", window=8), None, {}, "qwen3: it has no sliding windows"),
-    (replace(SHAPE, pattern="DL"), None, {}, "grouped-query attention, not DeltaConfig"),
+    (replace(SHAPE, pattern="DL"), None, {}, "grouped-query attention, not a gated delta rule"),
     (replace(SHAPE, positions="alibi"), None, {}, "has no other positions"),
     (replace(SHAPE, positions="learned"), None, {}, "no learned positions"),
     (replace(SHAPE, norm="layer"), None, {}, "normalises with RMSNorm before each half"),
     (replace(SHAPE, placement="sandwich"), None, {}, "normalises with RMSNorm before each half"),
-    (replace(SHAPE, activation="relu2"), None, {}, "SwiGLU, not MLPConfig"),
+    (replace(SHAPE, activation="relu2"), None, {}, "SwiGLU, not an MLP without gate"),
     (SHAPE, RopeConfig(scaling=DynamicScaling(factor=2.0, original=64)), {}, "no dynamic rope scaling"),
     (SHAPE, RopeConfig(scaling=Llama3Scaling(factor=8.0, original=16)), {}, "llama3's rope scaling for Llamas alone"),
     (SHAPE, RopeConfig(scaling=replace(YARN, truncate=False)), {}, "rounds borders to whole pairs"),

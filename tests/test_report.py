@@ -196,6 +196,15 @@ def test_a_curve_lies_where_its_values_say():
     assert tips == {"0.00%": "step 0\na: 0 nats", "25.00%": "step 5\na: 5 nats", "75.00%": "step 10\na: 10 nats"}
 
 
+def test_powers_of_two_are_steps():
+    curve = Curve(name="a", points=[(64, 0.0), (96, 1.0), (256, 2.0)])
+    svg = ET.fromstring(line_chart([curve], label="a", x_label="tokens", powers=True))
+    labels = {t.text: t.get("x") for t in svg.iter("text") if t.get("class") == "tick x"}
+    assert labels == {"64": "0.00%", "128": "50.00%", "256": "100.00%"}
+    assert svg.find(".//polyline").get("points").split()[0::2] == ["0,2000", "2000,0"]
+    assert "tokens 96" in svg.findall(".//rect")[1].find("title").text
+
+
 def test_bars_are_as_long_as_their_values():
     svg = ET.fromstring(bars([("a", "s0", 25.0), ("b", "s1", None), ("c", "s2", 100.0)], most=100.0))
     widths = [r.get("width") for r in svg.iter("rect") if r.get("class").startswith("bar")]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from mindseed import cli
 from mindseed.base.config import parse
 from mindseed.base.errors import UserError
-from mindseed.interop.directory import load_directory
+from mindseed.interop.directory import load_directory, save_directory
+from mindseed.models.lm import build
+from mindseed.models.presets import Shape
 from mindseed.recipes.options import TrainOptions
 from mindseed.tokenizers.byte import Byte
 from mindseed.tokenizers.chat import JINJA, template_hash
@@ -148,3 +151,33 @@ def test_init_is_one_more_name_for_model_start():
         parse(TrainOptions, ["--model.init", "a"])
     with pytest.raises(UserError, match="--int is not an option"):
         parse(TrainOptions, ["--int", "a"])
+
+
+def test_a_plan_is_of_the_model_that_training_would_make(tmp_path, capsys):
+    """A mixture made of a dense model, and longer rows, count; what cannot be read is refused before tokenising."""
+    start, data = tmp_path / "start", write(tmp_path / "texts.jsonl", TEXTS)
+    model = build(Shape(layers=2, dim=16, heads=2, kv_heads=1, head_dim=8, ffn_dim=24).lm_config(
+        vocab_size=Byte().vocab_size, seq_len=32), seed=0)
+    save_directory(model, Byte(), start)
+    asked = ["--init", str(start), "--model.moe.experts", "4", "--data.seq_len", "48", "--loop.steps", "1"]
+    assert cli.main(["plan", *asked]) == 0
+    planned = re.search(r"total\D+([\d,]+)", capsys.readouterr().out)[1]
+    train = ["train", *asked, "--data.train", str(data), "--loop.batch", "2", "--out"]
+    assert cli.main([*train, str(tmp_path / "run")]) == 0
+    made = load_directory(tmp_path / "run" / "model").model
+    assert planned == f"{sum(p.numel() for p in made.parameters()):,}" and made.config.seq_len == 48
+    file = start / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    capsys.readouterr()
+    assert cli.main([*train, str(tmp_path / "later")]) == 2
+    assert "model.safetensors" in capsys.readouterr().err and not (tmp_path / "later" / "data").exists()
+
+
+def test_a_shape_that_only_we_can_read_is_named_before_it_is_trained(tmp_path, capsys):
+    data = write(tmp_path / "texts.jsonl", TEXTS)
+    for preset, warned in (("hybrid-linear-toy", True), ("qwen3-toy", False)):
+        save_tokenizer(Byte(), tmp_path / "byte")
+        assert cli.main(["train", "--model.preset", preset, "--data.tokenizer", str(tmp_path / "byte"), "--data.train",
+                         str(data), "--out", str(tmp_path / preset), "--data.seq_len", "48", "--loop.steps", "1",
+                         "--loop.batch", "2"]) == 0
+        assert ("only mindseed will read the model" in capsys.readouterr().err) == warned

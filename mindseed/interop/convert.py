@@ -18,7 +18,7 @@ from mindseed.base.files import atomic
 from mindseed.interop import gguf_read, minimind
 from mindseed.interop.directory import Loaded, load_directory, names_in, save_directory
 from mindseed.interop.families import family_of, named
-from mindseed.interop.gguf import Written, kind_named, write_gguf
+from mindseed.interop.gguf import KINDS, Written, kind_named, write_gguf
 from mindseed.interop.gguf_vocab import modelfile
 from mindseed.interop.rules import stacked
 from mindseed.interop.weights import DTYPES
@@ -59,7 +59,8 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
     if `target` exists, unless `overwrite`, or if that family cannot hold the model: nothing is approximated."""
     source, target = Path(source), Path(target)
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        hint = " (that one is written with --to gguf)" if dtype in KINDS else ""
+        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")
     if target.resolve() == source.resolve():
         raise UserError(f"{target} is the source itself; choose another place")
     if target.exists() and not overwrite:

@@ -13,10 +13,15 @@ from mindseed.base.files import misfit
 from mindseed.interop.rope_json import rope_from_json, rope_to_json
 from mindseed.interop.rules import Layout, Rule
 from mindseed.models.config import LARGEST, LayerConfig, LMConfig
-from mindseed.nn.ffn import SwiGLUConfig
+from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.linear_attention import DeltaConfig
+from mindseed.nn.mla import MLAConfig
+from mindseed.nn.moe import MoEConfig
 from mindseed.nn.rope import DynamicScaling
 
+SPELT = {GQAConfig: "grouped-query attention", MLAConfig: "latent attention", DeltaConfig: "a gated delta rule",
+         SwiGLUConfig: "SwiGLU", MLPConfig: "an MLP without gate", MoEConfig: "a mixture of experts"}
 TOP = [
     Rule("embed.weight", "model.embed_tokens.weight"),
     Rule("norm.weight", "model.norm.weight"),
@@ -106,7 +111,7 @@ def attention_reasons(config: LMConfig, what: str, *, qk_norm: bool, windows: bo
     """Why a family of grouped-query attention could not: `windows` says whether its layers may have one."""
     mixers = [layer.mixer for layer in config.layers]
     if odd := [m for m in mixers if not isinstance(m, GQAConfig)]:
-        return [f"the mixers of {what} are grouped-query attention, not {type(odd[0]).__name__}"]
+        return [f"the mixers of {what} are grouped-query attention, not {SPELT[type(odd[0])]}"]
     first, reasons = mixers[0], []
     alike = [(m.heads, m.kv_heads, m.head_dim, m.positions, m.qk_norm, m.norm_eps) for m in mixers]
     if differing := [i for i, m in enumerate(alike) if m != alike[0]]:
@@ -128,7 +133,7 @@ def attention_reasons(config: LMConfig, what: str, *, qk_norm: bool, windows: bo
 def dense_reasons(config: LMConfig, what: str) -> list[str]:
     ffns = [layer.ffn for layer in config.layers]
     if odd := [f for f in ffns if not isinstance(f, SwiGLUConfig)]:
-        return [f"the feed-forwards of {what} are SwiGLU, not {type(odd[0]).__name__}"]
+        return [f"the feed-forwards of {what} are SwiGLU, not {SPELT[type(odd[0])]}"]
     if differing := [i for i, f in enumerate(ffns) if f != ffns[0]]:
         return [f"all layers of {what} are alike, and the feed-forward of layer {differing[0]} differs from layer 0"]
     return []

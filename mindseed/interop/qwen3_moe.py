@@ -23,7 +23,8 @@ def reasons(config: LMConfig) -> list[str]:
     ffns = [layer.ffn for layer in without_training(config).layers]
     mixtures, dense = ([f for f in ffns if isinstance(f, kind)] for kind in (MoEConfig, SwiGLUConfig))
     if not mixtures:
-        return [*found, f"{WHAT} has a mixture of experts"]
+        return [*found, f"{WHAT} has a mixture of experts; training makes one of a dense model: mindseed train --init "
+                        "DIR --model.moe.experts 4"]
     if len(mixtures) + len(dense) < len(ffns) or len(set(dense)) > 1 or len(set(mixtures)) > 1:
         found.append(f"the feed-forwards of {WHAT} are mixtures of one kind, or SwiGLUs of one kind")
     first = mixtures[0]

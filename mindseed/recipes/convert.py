@@ -12,6 +12,7 @@ only if it computes the same; beside runs/seed/seed.gguf lies a Modelfile: `olla
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from mindseed.base.config import option
@@ -71,9 +72,12 @@ def report_gguf(done: GGUF) -> int:
     if done.nfc:
         warn("this tokenizer composes characters first (NFC) and llama.cpp does not: text that is not composed yet "
              "gets other ids there")
+    if done.good and "TEMPLATE" not in done.path.with_name("Modelfile").read_text(encoding="utf-8"):
+        warn("the Modelfile has no TEMPLATE, since Ollama has a template language of its own: it goes by the chat "
+             "template in the file if it knows that one, else write the TEMPLATE yourself; llama.cpp reads the file's")
     if done.good:
         say(f"{done.source} -> gguf: {len(done.written)} tensors, {done.kind}, written to {done.path}; for Ollama: "
-            f"ollama create {done.path.stem} -f {done.path.with_name('Modelfile')}")
+            f"ollama create {shlex.quote(done.path.stem)} -f {shlex.quote(str(done.path.with_name('Modelfile')))}")
     return 0 if done.good else 1
 
 

@@ -58,8 +58,8 @@ class Options:
     needle_share: float = option(0.5, help="share of the rows in which digits must be found again")
     needles: int = option(50, help="needles per length in the test")
     heldout: float = option(0.05, help="share of the texts to measure with, chosen by their hash")
-    out: str = option("runs/long", help="folder of the phases, the figures and, as `model`, the last phase's model; goes "
-                                          "on where it stopped")
+    out: str = option("runs/long", help="folder of the phases, the figures and, as `model`, the last phase's model; "
+                                        "goes on where it stopped")
     seed: int = option(0, help="seed of the order of the data and of the needles")
     device: str = option("auto", help="cpu, cuda, cuda:1, mps; auto: the GPU if there is one")
 

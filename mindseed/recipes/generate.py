@@ -1,5 +1,8 @@
 """Answer prompts for scripts: one prompt a line in, one JSON object a line out, in the order given.
 
+With `--mode fim` a prompt is a text with a gap, `def area(r): return <fill> * r`, and the answer is what belongs there;
+the model must have been trained with --data.fim_rate.
+
 Prompts come from --prompt, from --file or from stdin. With `--input jsonl` a line is {"prompt": "..."} or
 {"messages": [...], "tools": [...]}. In chat mode a prompt is a user's question; in text mode the model goes on with it.
 Prompt i draws with seed + i, so neither the batch size nor the other prompts change an answer.
@@ -17,6 +20,8 @@ from typing import Any, Iterator, Literal, TextIO
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, parse_json
+from mindseed.core import Tokenizer
+from mindseed.data import fim
 from mindseed.infer.generate import generate
 from mindseed.interop.directory import Loaded
 from mindseed.recipes.answer import AnswerOptions, not_unicode, warn_of_foreign_chat
@@ -24,12 +29,16 @@ from mindseed.tokenizers.base import document_marks
 from mindseed.tokenizers.chat import encode_chat, normalise
 
 
+HOLE = "<fill>"                                   # where a text is to be filled in
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(AnswerOptions):
     prompt: tuple[str, ...] = option((), help="prompts to answer instead of stdin")
     file: str | None = option(None, help="read prompts from this file instead of stdin")
     input: Literal["text", "jsonl"] = option("text", help="a line is a prompt, or JSON with prompt or messages")
-    mode: Literal["chat", "text"] = option("chat", help="ask the prompt as a user's question, or continue it as text")
+    mode: Literal["chat", "text", "fim"] = option("chat", help="ask the prompt as a user's question, continue it as "
+                                                               f"text, or fill in the middle, where {HOLE} stands")
     system: str = option("", help="system prompt (chat mode)")
     think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes (chat mode)",
                                                  elsewhere=("open_thinking on",))
@@ -143,6 +152,8 @@ def read_prompt(line: str, options: Options, loaded: Loaded) -> tuple[dict[str, 
             raise UserError('a line needs "prompt" or "messages"')
         if "prompt" in data and not isinstance(data["prompt"], str):
             raise UserError('"prompt" must be text')
+    if options.mode == "fim":
+        return data, fill_prompt(data.get("prompt", ""), tokenizer)
     if "prompt" in data and options.mode == "text":
         marks = document_marks(tokenizer.specials)
         begin = [tokenizer.specials[marks[0]]] if marks else []
@@ -154,3 +165,13 @@ def read_prompt(line: str, options: Options, loaded: Loaded) -> tuple[dict[str, 
     ids, _ = encode_chat(tokenizer, messages, tools=tools, generation_prompt=True, thinking=thinking,
                          template=loaded.template)
     return data, ids
+
+
+def fill_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The beginning and the end of a text around its gap, in the order in which training tells them."""
+    if text.count(HOLE) != 1:
+        raise UserError(f"to fill in the middle, a prompt needs {HOLE} once, where text is missing")
+    before, after = text.split(HOLE)
+    marks = document_marks(tokenizer.specials)
+    begin = [tokenizer.specials[marks[0]]] if marks else []
+    return begin + fim.fim_ids((tokenizer.encode(before), [], tokenizer.encode(after)), fim.markers(tokenizer))

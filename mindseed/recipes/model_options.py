@@ -6,6 +6,8 @@ from typing import Any, Iterator, Literal
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
+from mindseed.models.config import LMConfig
+from mindseed.models.extend import extended
 from mindseed.models.presets import PRESETS, LatentShape, Positions, Shape, override, preset, shape_of_depth
 from mindseed.nn.moe import MoEConfig
 
@@ -121,6 +123,18 @@ class ModelOptions:
         for name, why in self.idle(shape, base):
             raise UserError(f"model.{name} has no effect: {why}")
         return shape
+
+    def going_on(self, config: LMConfig, seq_len: int) -> LMConfig:
+        """What becomes of the config of `start` when it is trained on rows of `seq_len`; a mixture is asked for apart.
+        """
+        config = replace(config, dropout=self.dropout)
+        if self.extend:
+            config = extended(config, seq_len)
+        return replace(config, seq_len=max(config.seq_len, seq_len))
+
+    def upcycling(self) -> MoEConfig | None:
+        """The mixture into which the dense layers of `start` are to be made, if they are."""
+        return self.moe.mixture(ffn_dim=1) if self.moe != MoEOptions() else None
 
     def idle(self, shape: Shape, base: Shape) -> Iterator[tuple[str, str]]:
         """Options that were given and change nothing about `shape`, which came from `base`, and why."""

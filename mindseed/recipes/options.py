@@ -49,6 +49,8 @@ class DataOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.seq_len <= LONGEST:
             raise ValueError(f"seq_len={self.seq_len} must lie between 1 and {LONGEST}")
+        if not 0 <= self.fim_rate <= 1 or not 0 <= self.heldout < 1:
+            raise ValueError(f"fim_rate={self.fim_rate} and heldout={self.heldout} are shares, between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from mindseed.base.log import YEAR_S, bytes_text, duration, say, si, table, unit
 from mindseed.data.shards import Prepared
 from mindseed.models.config import LMConfig
 from mindseed.models.describe import describe
+from mindseed.models.upcycle import upcycled_config
 from mindseed.plan.flops import Flops, flops_per_token
 from mindseed.plan.memory import TrainMemory, cache_bytes, cache_bytes_per_token, plan_memory, token_ratio
 from mindseed.plan.params import Params, count_params
@@ -72,7 +73,9 @@ def model_config(options: TrainOptions) -> LMConfig:
     """The model that training would build or start from."""
     if options.model.start is not None:
         from mindseed.interop.directory import load_directory
-        return load_directory(options.model.start).model.config
+        config = options.model.going_on(load_directory(options.model.start).model.config, options.data.seq_len)
+        mixture = options.model.upcycling()
+        return config if mixture is None else upcycled_config(config, mixture)
     vocab_size = options.data.vocab_size
     if options.data.tokenizer:
         from mindseed.tokenizers.hf_json import load_tokenizer

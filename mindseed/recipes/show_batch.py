@@ -6,20 +6,21 @@ with its user's words looks here first.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from rich.text import Text
 
-from mindseed.base.config import option
+from mindseed.base.config import load_toml, option
 from mindseed.base.errors import UserError
 from mindseed.base.log import console, say
 from mindseed.core import Batch, Tokenizer
 from mindseed.data.loader import PackedSource
 from mindseed.data.pack import Strategy
 from mindseed.data.shards import Prepared
-from mindseed.recipes.options import LONGEST
+from mindseed.recipes.options import LONGEST, TrainOptions
 
 BRACKETS = "⟦⟧"
 STYLES = {"learned": "green", "read": "bright_black", "border": "bold cyan", "padding": "bright_black"}
@@ -27,18 +28,20 @@ STYLES = {"learned": "green", "read": "bright_black", "border": "bold cyan", "pa
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    data: str = option("", help="a folder that `mindseed prepare` made", positional=True)
+    data: str = option("", help="a folder that `mindseed prepare` made, or that of a run", positional=True)
+    entry: int = option(0, help="of a run: which entry of its data.train, counted from 0")
     split: str = option("train", help="train or heldout")
-    seq_len: int = option(512, help="slots in a row")
+    seq_len: int | None = option(None, help="slots in a row [the run's, else 512]")
     rows: int = option(4, help="rows to print")
     first: int = option(0, help="where in the stream to begin, in rows")
-    packing: Strategy = option("best-fit", help="how documents share rows")
-    seed: int = option(0, help="seed of the stream")
+    packing: Strategy | None = option(None, help="how documents share rows [the run's, else best-fit]")
+    seed: int | None = option(None, help="seed of the stream [the run's, else 0]")
 
 
 def main(options: Options) -> None:
     if not options.data:
         raise UserError("--data is required: mindseed show-batch FOLDER")
+    options = settled(options)
     for name, least, most in (("rows", 1, 1000), ("first", 0, 1 << 62), ("seq_len", 1, LONGEST)):
         if not least <= getattr(options, name) <= most:
             raise UserError(f"{name}={getattr(options, name)} must lie between {least} and {most}")
@@ -56,6 +59,24 @@ def main(options: Options) -> None:
         console.print(f"\nrow {row}: {len(names)} document{'s' * (len(names) != 1)}, {used} of {options.seq_len} slots "
                       f"used, {learned} learned", style="bold")
         console.print(paint(batch, b, tokenizer, names, brackets), soft_wrap=True)
+
+
+def settled(options: Options) -> Options:
+    """`options` with a prepared folder for that of a run, and the run's settings where none are given."""
+    folder, own = Path(options.data), TrainOptions()
+    if (folder / "config.toml").exists() and not (folder / "manifest.json").exists():
+        own = load_toml(TrainOptions, folder / "config.toml")
+        if not 0 <= options.entry < len(own.data.train):
+            raise UserError(f"entry={options.entry}: {folder} was trained on {len(own.data.train)} entries, the first "
+                            "of which is 0")
+        entry = Path(own.data.train[options.entry])
+        made = sorted((folder / "data").glob(f"{options.entry}-*"))
+        folder = entry if (entry / "manifest.json").exists() or not made else made[0]
+    elif options.entry:
+        raise UserError(f"entry={options.entry} has no effect: {folder} is not the folder of a run")
+    return replace(options, data=str(folder), seq_len=own.data.seq_len if options.seq_len is None else options.seq_len,
+                   packing=options.packing or own.data.packing,
+                   seed=own.seed if options.seed is None else options.seed)
 
 
 def padding_start(batch: Batch, b: int) -> int:

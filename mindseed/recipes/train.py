@@ -34,9 +34,10 @@ from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import SAMPLING, Loaded, load_directory, require_folder, save_directory
+from mindseed.interop.weights import TensorFiles, weight_files
 from mindseed.models.config import LMConfig, config_to_dict
+from mindseed.interop.families import family_of
 from mindseed.models.describe import describe
-from mindseed.models.extend import extended
 from mindseed.models.lm import LM, build
 from mindseed.models.upcycle import upcycle
 from mindseed.objectives.sft import SFT
@@ -48,7 +49,7 @@ from mindseed.plan.memory import plan_memory
 from mindseed.plan.params import count_params
 from mindseed.recipes import prepare
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
-from mindseed.recipes.model_options import MLAOptions, ModelOptions, MoEOptions
+from mindseed.recipes.model_options import MLAOptions, ModelOptions
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
 from mindseed.recipes.run_folder import alone, begun, claim, open_run, options_of_run, resolved, say_changes
 from mindseed.train.balance import Balance
@@ -181,6 +182,8 @@ def check_early(options: TrainOptions) -> None:
             raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
         if Path(start).resolve() == (Path(options.out) / "model").resolve():
             raise UserError(f"{start} would be written over by the model of this run; choose another --out")
+        with TensorFiles(weight_files(require_folder(Path(start)))):
+            pass                                  # whole as far as their headers tell
         if named and load_tokenizer(named).hash() != load_tokenizer(require_folder(Path(start))).hash():
             raise UserError(f"{start} was trained with another tokenizer than {named}; leave out data.tokenizer to use "
                             "the model's own")
@@ -270,17 +273,14 @@ def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> t
                                                               seq_len=options.data.seq_len)
         return build(config, seed=options.seed, device=device).train(), None
     loaded = load_directory(options.model.start, device=device)
-    config = replace(loaded.model.config, dropout=options.model.dropout)
-    if options.model.extend:
-        config = extended(config, options.data.seq_len)
-    if options.data.seq_len > config.seq_len and dist.is_main():
-        warn(f"{options.model.start} was trained on {config.seq_len} tokens and is now trained on "
-             f"{options.data.seq_len}, at positions it has never seen; model.extend stretches them (YaRN), and "
-             "`mindseed extend` measures what comes of it")
-    config = replace(config, seq_len=max(config.seq_len, options.data.seq_len))
-    model = with_config(loaded.model, config)
-    if options.model.moe != MoEOptions():
-        model = upcycle(model, options.model.moe.mixture(ffn_dim=1), seed=options.seed)
+    before, mixture = loaded.model.config.seq_len, options.model.upcycling()
+    if options.data.seq_len > before and not options.model.extend and dist.is_main():
+        warn(f"{options.model.start} was trained on {before} tokens and is now trained on {options.data.seq_len}, at "
+             "positions it has never seen; model.extend stretches them (YaRN), and `mindseed extend` measures what "
+             "comes of it")
+    model = with_config(loaded.model, options.model.going_on(loaded.model.config, options.data.seq_len))
+    if mixture is not None:
+        model = upcycle(model, mixture, seed=options.seed)
     return model.train(), loaded
 
 
@@ -360,6 +360,11 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     params = count_params(c)
     active = f" ({si(params.active)} active)" if params.active != params.total else ""
     say(f"model      {si(params.total)} parameters{active}: {describe(c)}")
+    if family_of(c) is None:
+        warn("no other project's format can hold this shape, so only mindseed will read the model")
+    if options.data.fim_rate and not any(entry.kind == "text" for entry in data.entries):
+        warn("data.fim_rate has no effect: there are only conversations, and texts are what is told with the middle "
+             "last")
     for name, entry in zip(data.names, data.entries):
         split = entry.split("train")
         say(f"data       {name}: {len(split):,} documents ({entry.kind}), {si(int(split.lengths.sum()))} tokens, "
