@@ -1,7 +1,9 @@
 """Plans against reality: every count is compared with real tensors, real caches and torch's own counters."""
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mindseed import cli
 from mindseed.infer.state import Cache
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM, build
-from mindseed.models.presets import PRESETS, LatentShape, Shape, shape_of_depth
+from mindseed.models.presets import PRESETS, LatentShape, Shape, preset, shape_of_depth
 from mindseed.nn.ffn import SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.linear_attention import DeltaConfig
@@ -229,6 +231,17 @@ def test_the_plan_of_a_training_command(tmp_path, capsys):
     assert "512 B of cache per token" in shown                # 2 layers x (k, v) x 1 head x 64 x 2 bytes
 
 
+def test_a_plan_for_gpus_that_are_not_here(capsys):
+    """The preset for one GPU, on eight: figures of the data sheet, whatever this machine has."""
+    assert cli.main(["plan", str(Path(__file__).parents[1] / "configs" / "small-gpu.toml"), "--gpu", "h100", "--world",
+                     "8", "--mfu", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 x H100, 989 TFLOP/s in bf16 (data sheet)" in shown and "10:00" in shown
+    steps = int(re.search(r"steps\D+([\d,]+)", shown)[1].replace(",", ""))
+    per_token = flops_per_token(preset("small").lm_config(vocab_size=6400, seq_len=1024), 1024).model
+    assert steps == pytest.approx(8 * 989e12 * 0.5 * 600 / per_token / (256 * 1024), rel=0.01)
+
+
 def test_a_plan_that_does_not_fit_warns(capsys):
     assert cli.main(["plan", "--model.dim", "1048576", "--loop.steps", "1", "--device", "cpu"]) == 0
     assert "lower loop.micro_batch" in " ".join(capsys.readouterr().err.split())
@@ -239,6 +252,8 @@ def test_a_plan_that_does_not_fit_warns(capsys):
     (["--dept", "3"], "--dept is not an option; did you mean --depth?"),
     (["--loop.epochs", "1"], "loop.epochs needs data.train"),
     (["--loop.epochs", "1", "--data.train", "raw.jsonl"], "cannot be planned before it is tokenised"),
+    (["--gpu", "H9000"], "gpu=H9000 is not in the table of data sheets; choose one of"),
+    (["--gpu", "v100", "--loop.precision", "bf16"], "says nothing of bf16; give --loop.precision fp16 or fp32"),
     (["--model.kv_heads", "4"], "must be a multiple of kv_heads=4")])
 def test_what_a_plan_refuses(words, message, capsys):
     assert cli.main(["plan", *words]) == 2

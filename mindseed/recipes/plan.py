@@ -2,6 +2,7 @@
 
   mindseed plan --depth 8                          the dial
   mindseed plan configs/real-cpu.toml --loop.batch 64      the preset and flags of a `mindseed train` command
+  mindseed plan configs/small-gpu.toml --gpu H100 --world 8      before such a machine is rented
 
 Parameters, cache and FLOPs are exact; activations agree with what autograd keeps within 2%; the time rests on an
 assumed utilisation (`--mfu`) of the device's peak, which is the data sheet's or measured here.
@@ -16,7 +17,7 @@ import torch
 from mindseed.base import dist
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
-from mindseed.base.hardware import peak
+from mindseed.base.hardware import PEAKS, Peak, peak
 from mindseed.base.log import YEAR_S, bytes_text, duration, say, si, table, units, warn
 from mindseed.data.shards import Prepared
 from mindseed.models.config import LMConfig
@@ -35,6 +36,8 @@ MEMORY_ROWS = {"weights": "weights, fp32", "gradients": "gradients", "optimizer"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TrainOptions):
+    gpu: str | None = option(None, help="plan for a GPU that is not here, by its name on the data sheet: H100, A100, "
+                                        "RTX 4090 ...")
     mfu: float = option(0.4, help="share of the device's peak that training is assumed to reach")
     world: int | None = option(None, help="number of devices [derived: 1]")
 
@@ -46,11 +49,12 @@ class Options(TrainOptions):
 
 
 def main(options: Options) -> None:
-    device, world = choose_device(options.device), options.world or dist.world_size()
+    device = options.gpu.upper() if options.gpu else choose_device(options.device)
+    world = options.world or dist.world_size()
     config = model_config(options)
     params = count_params(config)
-    precision, loop, seq_len = choose_precision(options.loop.precision, device), options.loop, options.data.seq_len
-    top = peak(device, DTYPES[precision])
+    precision, top = pace(options, device)
+    loop, seq_len = options.loop, options.data.seq_len
     flops = flops_per_token(config, seq_len, recompute=loop.recompute)
     speed = world * top.flops * options.mfu / flops.model                        # tokens per second
     options = derive(options, params=params.active, rows_per_epoch=rows_per_epoch(options), world=world,
@@ -67,6 +71,22 @@ def main(options: Options) -> None:
     say(f"\ndecoding   {bytes_text(cache_bytes_per_token(config))} of cache per token in bf16, "
         f"{bytes_text(cache_bytes(config, config.seq_len))} for a context of {config.seq_len}; "
         f"{bytes_text(2 * (params.total - params.mtp))} of weights")
+
+
+def pace(options: Options, device: torch.device | str) -> tuple[str, Peak]:
+    """(precision, peak) of a device that is here, or of one that is only named."""
+    if isinstance(device, torch.device):
+        precision = choose_precision(options.loop.precision, device)
+        return precision, peak(device, DTYPES[precision])
+    known = {name: figures for name, figures in PEAKS}
+    if device not in known:
+        raise UserError(f"gpu={options.gpu} is not in the table of data sheets; choose one of {', '.join(known)}")
+    asked = options.loop.precision
+    precision = asked if asked != "auto" else "bf16" if "bf16" in known[device] else "fp16"
+    if precision not in known[device]:
+        raise UserError(f"the data sheet of {device} says nothing of {precision}; give --loop.precision "
+                        f"{' or '.join(name for name in known[device] if name in DTYPES)}")
+    return precision, Peak(flops=known[device][precision] * 1e12, source="data sheet")
 
 
 def model_config(options: TrainOptions) -> LMConfig:
@@ -113,12 +133,13 @@ def show_flops(flops: Flops) -> None:
           [[name, si(n), f"{n / flops.model:.1%}"] for name, n in rows])
 
 
-def show_memory(memory: TrainMemory, device: torch.device, micro_batch: int, seq_len: int) -> None:
+def show_memory(memory: TrainMemory, device: torch.device | str, micro_batch: int, seq_len: int) -> None:
     """One device's need; warns where it does not fit."""
     rows = [[text, bytes_text(n)] for name, text in MEMORY_ROWS.items() if (n := getattr(memory, name))]
     table(f"memory per device, micro-batch {micro_batch} x {seq_len}", ["what", "bytes"],
           [*rows, ["total", bytes_text(memory.total)]])
-    warn_if_too_big(memory.total, device)
+    if isinstance(device, torch.device):          # of another one the table does not know the memory
+        warn_if_too_big(memory.total, device)
 
 
 def show_run(options: Options, params: Params, flops: Flops, *, speed: float, machine: str) -> None:
