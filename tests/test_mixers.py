@@ -61,6 +61,24 @@ def test_prompts_of_unequal_length_share_a_cache(config):
         torch.testing.assert_close(got, want, **EXACT)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[0, 6, 7, 8], [0, 1, 2, 3, 8], [0, 8]])
+def test_prompts_of_unequal_length_may_be_read_in_chunks(config, cuts):
+    """A row whose prompt has ended meets pads, alone in a chunk too, and then goes on."""
+    model, lengths = kit_model(config), [8, 3, 6]
+    ids, positions = ids_and_positions(3, 12)
+    padded = torch.tensor([[t if t < n else -1 for t in range(8)] for n in lengths])
+    cache = Cache(model.state_specs(), 3, capacity=4)
+    for a, b in zip(cuts, cuts[1:]):
+        model(ids[:, a:b], padded[:, a:b], cache)
+    for i in range(4):
+        at = torch.tensor([[n + i] for n in lengths])
+        got = model(ids.gather(1, at), at, cache).logits()[:, 0]
+    for row, n in enumerate(lengths):
+        want = model(ids[row:row + 1, :n + 4], positions[row:row + 1, :n + 4]).logits()[0, -1]
+        torch.testing.assert_close(got[row], want, **EXACT)
+
+
 def test_future_tokens_do_not_leak(config):
     for training in (False, True):
         model = kit_model(config).train(training)

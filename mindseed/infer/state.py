@@ -100,8 +100,9 @@ class Slots:
 class Ring:
     """Where layers with a window keep its tokens: `window` slots, never more.
 
-    A single new token is written over the oldest. Several at once (a prompt) are seen together with what was kept,
-    and then the last `window` real tokens of every sequence are kept, oldest first.
+    A single new token of every sequence is written over the oldest. Several at once (a prompt), or a pad among single
+    ones, are seen together with what was kept, and then the last `window` real tokens of every sequence are kept,
+    oldest first.
     """
 
     def __init__(self, window: int) -> None:
@@ -110,7 +111,7 @@ class Ring:
         self.chosen: Tensor | None = None                                         # which of all are kept; None: one new
 
     def begin(self, positions: Tensor) -> Tensor:
-        if self.positions is not None and positions.shape[1] == 1:
+        if self.positions is not None and positions.shape[1] == 1 and not bool((positions == NOWHERE).any()):
             self.slot, self.oldest, self.chosen = self.oldest, (self.oldest + 1) % self.window, None
             self.positions[:, self.slot] = positions[:, 0]
             return self.positions

@@ -52,7 +52,7 @@ class DeltaConfig:
 
 
 class DeltaNet(nn.Module):
-    """(B, T, D) -> (B, T, D). H value heads, G key heads, K key width, V value width."""
+    """(B, T, D) -> (B, T, D). H value heads, G key heads, K key width, V value width. Pads stand behind the tokens."""
 
     def __init__(self, dim: int, config: DeltaConfig) -> None:
         super().__init__()
