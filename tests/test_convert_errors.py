@@ -131,6 +131,7 @@ def test_targets(sources, tmp_path, refused, capsys):
     assert "has a mixture of experts" in refused(source, "--to", "qwen3-moe")
     assert "latent attention" in refused(source, "--to", "deepseek_v3")
     assert "dtype='int8' is not known" in refused(source, "--dtype", "int8")
+    assert "dtype='q8_0' is only written with --to gguf" in refused(source, "--dtype", "q8_0")
     assert "has no effect" in refused(source, "--tokenizer", str(source))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")

@@ -59,8 +59,8 @@ def convert(source: Path | str, target: Path | str, *, to: str | None = None, dt
     if `target` exists, unless `overwrite`, or if that family cannot hold the model: nothing is approximated."""
     source, target = Path(source), Path(target)
     if dtype is not None and dtype not in DTYPES:
-        hint = " (that one is written with --to gguf)" if dtype in KINDS else ""
-        raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}{hint}")
+        known = f"is not known; choose one of {', '.join(DTYPES)}"
+        raise UserError(f"dtype={dtype!r} {'is only written with --to gguf' if dtype in KINDS else known}")
     if target.resolve() == source.resolve():
         raise UserError(f"{target} is the source itself; choose another place")
     if target.exists() and not overwrite:
