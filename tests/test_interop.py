@@ -171,6 +171,14 @@ def test_integer_weights(saved):
     ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}}, ["scaled by 'longrope'"]),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, ["llama3 lacks 'original_max_position_embeddings'"]),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["says 'default' and rope_scaling 'linear'"]),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+      "rope_scaling": {"rope_type": "linear", "factor": 3.0}}, ["rope_scaling differ in factor"]),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": "1.0"}},
+     ["attention_factor of the rotary positions must be a number, not '1.0'"]),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": "false"}}, ["truncate", "true or false"]),
+    ({"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, ["factor of the rotary positions"]),
+    ({"rms_norm_eps": float("inf")}, ["rms_norm_eps=inf"]),
+    ({"num_hidden_layers": 300_000}, ["num_hidden_layers=300000 is more than"]),
     ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_window does not say"]),
     ({"layer_types": ["full_attention"]}, ["1 layers of 2"]),
     ({"quantization_config": {"bits": 4}}, ["quantised"]),
@@ -326,3 +334,18 @@ def test_generation_config_ends_answers(saved):
     _, folder = saved
     data = json.loads((folder / "generation_config.json").read_text())
     assert data["eos_token_id"] == [2, 0] and data["do_sample"] and re.fullmatch(r"0\.\d+", str(data["temperature"]))
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id"])
+@pytest.mark.parametrize("id", [-1, 1 << 40, 99_999])
+def test_ids_that_are_no_tokens(saved, name, id):
+    _, folder = saved
+    edit_json(folder / "generation_config.json", lambda data: data.update({name: id}))
+    refuses(folder, f"{name}={id} is no token")
+
+
+def test_tables_of_rotary_positions_among_the_weights_are_passed_over(saved):
+    model, folder = saved
+    edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    state = load_directory(folder).model.state_dict()
+    assert all(torch.equal(state[name], x) for name, x in model.state_dict().items())

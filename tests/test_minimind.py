@@ -96,6 +96,8 @@ class Spy:
 @pytest.mark.parametrize("contents, words", [
     ({"model.embed_tokens.weight": Spy()}, "a stranger's code"),
     ({"weights": torch.ones(1)}, "has no model.embed_tokens.weight"),
+    ({"weights": torch.ones(2, 2).to_sparse()}, "weights is not a plain tensor"),
+    ({"weights": torch.ones(2, 2, device="meta")}, "weights is not a plain tensor"),
     ([torch.ones(1)], "no bare state dict"),
     ({"model": {"embed": torch.ones(1)}}, "no bare state dict")])
 def test_other_pickles_are_refused(tmp_path, capsys, contents, words):
@@ -113,6 +115,9 @@ def test_older_layouts_truncated_files_and_missing_tokenizers(tmp_path, capsys):
     torch.save({k: x for k, x in state.items() if k != "model.layers.1.self_attn.k_proj.weight"}, tmp_path / "gap.pth")
     with pytest.raises(UserError, match="1 missing: model.layers.1.self_attn.k_proj.weight"):
         load_state_dict(tmp_path / "gap.pth")
+    torch.save(state | {"model.layers.99999999999999999999.foo": torch.ones(1)}, tmp_path / "deep.pth")
+    with pytest.raises(UserError, match="names a layer 99999999999999999999"):
+        load_state_dict(tmp_path / "deep.pth")
     torch.save(state, tmp_path / "whole.pth")
     data = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[:len(data) // 2])

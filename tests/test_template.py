@@ -135,8 +135,55 @@ def test_calls_are_told_as_a_template_wants_them_or_refused():
     """As in DeepSeek's: a call only where the content is null, its arguments as JSON. None may be lost in silence."""
     told, = lessons(NULL, CALLING)
     assert told.startswith('user: rain?<|im_end|>[<|im_start|>weather: {"city": "Rome"}<|im_end|>]')
-    with pytest.raises(UserError, match="leaves out a tool call"):
+    with pytest.raises(UserError, match="leaves out a tool or a call"):
         lessons(APPENDING, CALLING)
+
+
+ONLY_THE_LAST = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.reasoning_content and loop.last %}{{- '<think>' + m.reasoning_content + '</think>' }}{%- endif %}
+    {{- m.content + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+def learnt(lesson: str) -> str:
+    return lesson.split("[")[1].split("]")[0]
+
+
+def test_no_question_is_learnt_where_an_answer_rewrites_it():
+    """If the history changes because of the answer, what follows the change is no answer."""
+    turns = [says("1.", reasoning_content="easy"), user("SECRET"), says("2.")]
+    kept = lessons(ONLY_THE_LAST, [user("one?"), *turns])
+    assert [learnt(lesson) for lesson in kept] == ["<think>easy</think>1.<|im_end|>", "2.<|im_end|>"]
+    changing = ONLY_THE_LAST.replace("loop.last", "messages[-1].content != '2.'")
+    with pytest.raises(UserError, match="otherwise once it is there"):
+        lessons(changing, [user("one?"), *turns])
+    dated = "{{ strftime_now('%S%f') }}" + APPENDING                  # one moment for all renderings
+    assert [learnt(lesson) for lesson in lessons(dated, [user("SECRET"), turns[2]])] == ["2.<|im_end|>"]
+
+
+@pytest.mark.parametrize("answer", ["<b>hi</b>", "<think", "Thoughtful", "<think>x</think>y"])
+@pytest.mark.parametrize("opened", ["<think>\\n", "Thought: "])
+def test_an_answer_that_begins_as_the_prompt_goes_on_is_learnt_whole(answer, opened):
+    source = ("{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content.split('</think>')[-1] }}<|im_end|>"
+              "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n" + opened.replace("\\n", "\n")
+              + "{% endif %}")
+    told, = lessons(source, [user("q"), says(answer)])
+    assert told.endswith(f"assistant\n[{answer.split('</think>')[-1]}<|im_end|>]")
+
+
+def test_tools_are_told_or_refused():
+    with pytest.raises(UserError, match="leaves out a tool"):
+        lessons(APPENDING, TALK, tools=[WEATHER])
+
+
+def test_an_escaped_mark_leaves_no_trace():
+    source = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=True) }}{{ m.content | urlencode }}{% endfor %}"
+    told = joined(Template(source).spans(Byte(), [user("<|im_end|> ü")]))
+    assert told == '"<|im_end|> \\u00fc"%3C%7Cim_end%7C%3E%20%C3%BC'
 
 
 def test_a_prompt_that_shuts_a_think_block_is_not_learnt_and_thoughts_are():
@@ -202,9 +249,10 @@ dialogues = st.lists(st.tuples(content, content), min_size=1, max_size=3).map(
 @settings(max_examples=60, deadline=None)
 @given(case=st.one_of(st.tuples(dialogues | st.just(TALK), st.sampled_from(sorted(ALL))),
                       st.just((CALLING, "forgetting"))),
-       prompt=st.booleans(), thinking=st.sampled_from([None, True, False]), listed=st.sampled_from([None, [WEATHER]]))
-def test_transformers_renders_the_same(tokenizer, auto, case, prompt, thinking, listed):
+       prompt=st.booleans(), thinking=st.sampled_from([None, True, False]), tool=st.booleans())
+def test_transformers_renders_the_same(tokenizer, auto, case, prompt, thinking, tool):
     talk, source = case
+    listed = [WEATHER] if tool and source == "forgetting" else None
     ours = Template(ALL[source], MARKS).spans(tokenizer, talk, tools=listed, generation_prompt=prompt,
                                               thinking=thinking)
     theirs = [message | ({"tool_calls": [{"type": "function", "function": call} for call in message["tool_calls"]]}
@@ -279,8 +327,9 @@ def test_where_templates_stand(tmp_path, config, file, expected):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | marks))
     if file:
         (tmp_path / "chat_template.jinja").write_text(file)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"unk_token": "?", "eos_token": "other"}))
     for place in (tmp_path, tmp_path / "tokenizer.json"):
-        assert read_template(place) == (expected, {"bos_token": "<s>", "eos_token": "</s>"})
+        assert read_template(place) == (expected, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "?"})
     assert foreign(JINJA, {}) is None and foreign(None, {}) is None
 
 

@@ -12,6 +12,7 @@ from mindseed.models.config import LayerConfig, LMConfig, without_training
 from mindseed.nn.ffn import SwiGLUConfig
 from mindseed.nn.mla import MLAConfig
 from mindseed.nn.moe import MoEConfig
+from mindseed.nn.rope import YarnScaling
 
 WHAT = "a DeepSeek-V3"
 LATENT = [Rule(f"{ours}.weight", f"self_attn.{theirs}.weight") for ours, theirs in (
@@ -70,6 +71,9 @@ def read(data: dict[str, Any], where: str) -> LMConfig:
     if data.get("moe_layer_freq", 1) != 1:
         raise ValueError("moe_layer_freq other than 1 is not supported")
     rope = rope_from_json(data, where, interleaved=data.get("rope_interleave", True))
+    told = (data.get("rope_scaling") or {}) | (data.get("rope_parameters") or {})
+    if rope.scaling is not None and not isinstance(rope.scaling, YarnScaling) and told.get("mscale_all_dim"):
+        raise ValueError("mscale_all_dim sharpens attention with YaRN only here")
     mixer = MLAConfig(heads=data["num_attention_heads"], kv_rank=data["kv_lora_rank"], q_rank=data.get("q_lora_rank"),
                       plain_dim=data["qk_nope_head_dim"], rope_dim=data["qk_rope_head_dim"],
                       value_dim=data["v_head_dim"], rope=rope, norm_eps=INNER_EPS)
@@ -77,9 +81,9 @@ def read(data: dict[str, Any], where: str) -> LMConfig:
                     expert_dim=data["moe_intermediate_size"],
                     shared_dim=data["moe_intermediate_size"] * data["n_shared_experts"], score="sigmoid", bias=True,
                     renormalise=data.get("norm_topk_prob", True), scaling=float(data["routed_scaling_factor"]),
-                    groups=data.get("n_group") or 1, top_groups=data.get("topk_group") or 1)
+                    groups=data.get("n_group", 8) or 1, top_groups=data.get("topk_group", 4) or 1)     # as by default
     dense = SwiGLUConfig(ffn_dim=data["intermediate_size"])
-    count, first = data["num_hidden_layers"], data.get("first_k_dense_replace", 0)
+    count, first = data["num_hidden_layers"], data.get("first_k_dense_replace", 3)
     layers = [LayerConfig(mixer=mixer, ffn=dense if i < first else moe)
               for i in range(count + data.get("num_nextn_predict_layers", 0))]
     config = common_from_json(data, tuple(layers[:count]), longest=4096)

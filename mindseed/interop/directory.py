@@ -154,6 +154,10 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
     generation = read_json(path, THEIRS) if path.exists() else {}
     ends, (template, marks) = stop_ids(generation, data, folder), read_template(folder)
     begin = generation.get("bos_token_id", data.get("bos_token_id"))
+    for name, id in [*(("eos_token_id", end) for end in ends), ("bos_token_id", begin)]:
+        if type(id) is int and not 0 <= id < config.vocab_size:
+            raise UserError(f"{folder}: {name}={id} is no token of a vocabulary of {config.vocab_size}; mend it in "
+                            "generation_config.json or config.json")
     model, stored = load_weights(family, config, folder, dtype, device)
     return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored, family=family,
                   stop_ids=ends, chat_template=template, marks=marks, template_hash=ours.get("template_hash"),
@@ -241,7 +245,7 @@ def load_weights(family: Family | None, config: LMConfig, folder: Path, dtype: t
         apart = {name for name in here if name.startswith("mtp.") and family and not family.layout.has_mtp}
         here = {name: shape for name, shape in here.items() if name not in apart}
         names = translate(family.layout, config, here) if family else {name: [name] for name in here}
-        shapes = dict(tensors.shapes)
+        shapes = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
         twice = family and config.tied and shapes.pop("lm_head.weight", None) is not None      # some store it as well
         read_names(names, here, shapes, str(folder))
         steering = {name for name, _ in model.named_buffers()}                    # kept as they are, see save_directory

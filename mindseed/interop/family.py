@@ -5,6 +5,7 @@ we do not compute. What all config.json files share is written and read here.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -36,6 +37,7 @@ QK_NORM = [Rule(f"{name}_norm.weight", f"self_attn.{name}_norm.weight") for name
 SWIGLU = [Rule(f"{name}.weight", f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")]
 EXPERTS = [Rule("router.weight", "mlp.gate.weight"),
            *(Rule(f"{name}.weight", f"mlp.experts.{{e}}.{name}_proj.weight") for name in ("gate", "up", "down"))]
+DEEPEST = 10_000                                  # layers; more is a slip, and takes minutes to find out otherwise
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
          "intermediate_size", "moe_intermediate_size", "max_position_embeddings", "sliding_window", "max_window_layers",
          "num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step", "q_lora_rank",
@@ -71,6 +73,10 @@ class Family:
         problem = misfit(data, KEYS)
         if large := [key for key in SIZES if not problem and not 0 <= (data.get(key) or 0) <= LARGEST]:
             problem = f"{large[0]}={data[large[0]]} must lie between 0 and {LARGEST}"
+        elif not problem and (data.get("num_hidden_layers") or 0) > DEEPEST:
+            problem = f"num_hidden_layers={data['num_hidden_layers']} is more than {DEEPEST}"
+        elif not problem and not math.isfinite(data.get("rms_norm_eps") or 0):
+            problem = f"rms_norm_eps={data['rms_norm_eps']} is no number"
         if problem:
             raise UserError(f"{where} does not describe a model: {problem}")
         refused = {

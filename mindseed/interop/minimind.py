@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mindseed.base.errors import UserError
-from mindseed.interop.family import Family
+from mindseed.interop.family import DEEPEST, Family
 from mindseed.interop.qwen3 import QWEN3
 from mindseed.interop.qwen3_moe import QWEN3_MOE
 from mindseed.interop.rules import read_names, read_tensors, translate
@@ -35,6 +35,8 @@ def load_state_dict(file: Path) -> tuple[LM, Family, torch.dtype]:
     """(the model in float32 and eval mode, the family it belongs to, the dtype that was stored)."""
     state = {name.removeprefix("_orig_mod.").removeprefix("module."): x for name, x in read_pickle(file).items()}
     state = {name: x for name, x in state.items() if not name.endswith(NOT_WEIGHTS)}
+    if odd := [name for name, x in state.items() if x.layout != torch.strided or x.is_meta or x.is_nested]:
+        raise UserError(f"{file} is not a state dict of MiniMind's current layout: {odd[0]} is not a plain tensor")
     try:
         config = infer_config(state, str(file))
     except ValueError as error:
@@ -70,6 +72,8 @@ def infer_config(state: dict[str, Tensor], where: str) -> LMConfig:
     head_dim, = shape(FIRST + "self_attn.q_norm.weight", 1)
     heads, kv_heads = (shape(f"{FIRST}self_attn.{x}_proj.weight")[0] // head_dim for x in "qk")
     layers = 1 + max(int(number) for name in state for number in re.findall(r"^model\.layers\.(\d+)\.", name))
+    if layers > DEEPEST:
+        raise ValueError(f"it names a layer {layers - 1}")
     if FIRST + "mlp.gate.weight" in state:
         ffn = MoEConfig(experts=shape(FIRST + "mlp.gate.weight")[0], top_k=TOP_K,
                         expert_dim=shape(FIRST + "mlp.experts.0.gate_proj.weight")[0])

@@ -1,10 +1,15 @@
 """Rotary positions as a config.json tells them: `rope_parameters` for transformers 5, and the older keys beside it."""
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mindseed.base.errors import UserError
 from mindseed.nn.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, Scaling, YarnScaling
+
+
+NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+           "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor")
 
 
 def rope_to_json(rope: RopeConfig) -> dict[str, Any]:
@@ -32,6 +37,10 @@ def rope_from_json(data: dict[str, Any], where: str, *, interleaved: bool = Fals
     """UserError for a kind of scaling that we do not compute, or one that lacks a number."""
     new, old = data.get("rope_parameters") or {}, data.get("rope_scaling") or {}
     told = {**old, **new}
+    if unlike := [key for key in old if key in new and key not in ("type", "rope_type") and old[key] != new[key]]:
+        raise UserError(f"{where}: rope_parameters and rope_scaling differ in {', '.join(unlike)}; delete one of them")
+    if data.get("original_max_position_embeddings"):                  # counts before that of the scaling itself
+        told["original_max_position_embeddings"] = data["original_max_position_embeddings"]
     theta = float(told.get("rope_theta") or data.get("rope_theta") or 10_000.0)
     kinds = [part.get("rope_type", part.get("type", "default")) or "default" for part in (new, old) if part]
     if len(set(kinds)) > 1:
@@ -41,6 +50,11 @@ def rope_from_json(data: dict[str, Any], where: str, *, interleaved: bool = Fals
     if kind not in READERS:
         raise UserError(f"{where} asks for rotary positions scaled by {kind!r}, which this version cannot compute; it "
                         f"knows {', '.join(READERS)}")
+    for key, value in {**told, "rope_theta": theta}.items():
+        if key in NUMBERS and value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+            raise UserError(f"{where}: {key} of the rotary positions must be a number, not {value!r}")
+    if type(told.get("truncate", True)) is not bool:
+        raise UserError(f"{where}: truncate of the rotary positions must be true or false, not {told['truncate']!r}")
     try:
         scaling = READERS[kind](told, data.get("max_position_embeddings"))
     except KeyError as error:

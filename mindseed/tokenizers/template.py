@@ -10,8 +10,9 @@ sees when it gives its second answer is then no continuation of what it saw at t
 several *lessons*, each ending in an answer as it would be asked for; a template that only appends gives one. A template
 that tells the date (Llama 3.2) tells that of the day on which it is rendered.
 
-As in our own format a text can't produce control tokens: where one spells them, the spelling is broken by a character
-that nothing else holds, and mended once the rendering has been cut into control tokens and text.
+As in our own format a text can't spell control tokens: where one does, the spelling is broken by a character that
+nothing else holds, and mended once the rendering has been cut into control tokens and text. (A template that edits
+texts could still put a token together of harmless pieces; only our own format rules this out.)
 """
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ import datetime
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import re
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,19 +51,21 @@ class Template:
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     def text(self, messages: list[Message], *, tools: Tools = None, generation_prompt: bool = False,
-             thinking: bool | None = None) -> str:
-        """The rendered conversation. UserError with the template's own words where it refuses one, or says nothing of
-        a tool call."""
-        known: dict[str, Any] = {"tools": tools, "add_generation_prompt": generation_prompt, **dict(self.marks)}
+             thinking: bool | None = None, moment: datetime.datetime | None = None) -> str:
+        """The rendered conversation, as of `moment` [now]. UserError with the template's own words where it refuses
+        one, or says nothing of a tool or a call."""
+        known: dict[str, Any] = {"tools": tools, "add_generation_prompt": generation_prompt, **dict(self.marks),
+                                 "strftime_now": (moment or datetime.datetime.now()).strftime}
         if thinking is not None:
             known |= {"enable_thinking": thinking, "open_thinking": thinking}
-        names = [(call.get("function") or call)["name"] for m in messages for call in m.get("tool_calls") or []]
-        problem = "it leaves out a tool call"
-        for form in FORMS if names else FORMS[:1]:
+        calls = [call for m in messages for call in m.get("tool_calls") or []]
+        names = [named(one) for one in [*calls, *(tools or [])]]
+        problem = "it leaves out a tool or a call of one"
+        for form in FORMS if calls else FORMS[:1]:
             try:
                 text = compiled(self.source).render(messages=[theirs(message, *form) for message in messages], **known)
             except Exception as error:            # a stranger's program may fail in any way
-                problem = str(error)
+                problem = " ".join(str(error).split()) or type(error).__name__
                 continue
             if all(name in text or json.dumps(name, ensure_ascii=False)[1:-1] in text for name in names):
                 return text
@@ -72,20 +76,31 @@ class Template:
         """As `chat.render`, with nothing to be learnt."""
         check(messages)
         guard = Guard(tokenizer, self.source, messages, tools)
-        text = self.text(guard.messages, tools=guard.tools, generation_prompt=generation_prompt, thinking=thinking)
-        return guard.cut(text, [])
+        return guard.cut(guard.plain(self.text(guard.messages, tools=guard.tools, generation_prompt=generation_prompt,
+                                               thinking=thinking)), [])
 
     def lessons(self, tokenizer: ByteLevel, messages: list[Message], *, tools: Tools = None) -> list[list[Span]]:
-        """The conversation for training: one list of spans, or more where the template rewrites the past."""
+        """The conversation for training: one list of spans, or more where the template rewrites the past. UserError
+        where it rewrites, because of an answer, what the answer was to."""
         check(messages)
-        guard = Guard(tokenizer, self.source, messages, tools)
+        guard, moment = Guard(tokenizer, self.source, messages, tools), datetime.datetime.now()
+
+        def told(messages: list[Message], prompt: bool = False) -> str:
+            return guard.plain(self.text(messages, tools=guard.tools, generation_prompt=prompt, moment=moment))
+
         lessons: list[tuple[str, list[tuple[int, int]]]] = []         # text, the answers in it from and to
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self.text(guard.messages[:i], tools=guard.tools, generation_prompt=True)
-            whole = self.text(guard.messages[:i + 1], tools=guard.tools)
-            answer = (common(asked, whole), len(whole))
+            before, whole = guard.messages[:i], told(guard.messages[:i + 1])
+            asked = told(before, True)
+            if not whole.startswith(told(before)):
+                raise UserError("the model's chat template tells what came before an answer otherwise once it is "
+                                "there, so what is to be learnt cannot be told apart")
+            start = len(asked)
+            if not whole.startswith(asked):       # it opens more than the answer has, which begins where two differ
+                start = min(common(asked, whole), common(told([*before, says(guard.mark)]), whole))
+            answer = (start, len(whole))
             if lessons and whole.startswith(lessons[-1][0]):
                 lessons[-1] = whole, [*lessons[-1][1], answer]
             else:
@@ -108,6 +123,16 @@ def common(a: str, b: str) -> int:
     if b.startswith(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def named(call: dict[str, Any]) -> str:
+    """The name of a call or of a tool, in OpenAI's form or bare; empty if it has none."""
+    inner = call.get("function") if isinstance(call.get("function"), dict) else call
+    return inner["name"] if isinstance(inner.get("name"), str) else ""
+
+
+def says(content: str) -> Message:
+    return {"role": "assistant", "content": content}
 
 
 def theirs(message: Message, nothing: str | None, spelt: bool) -> Message:
@@ -145,6 +170,11 @@ class Guard:
         return "".join(part[0] + self.mark + part[1:] if special and part not in keep else part
                        for part, special in self.tokenizer.parts(value))
 
+    def plain(self, text: str) -> str:
+        """A rendered text in which the mark stands as itself, where the template escaped it for JSON or for an URL."""
+        return re.sub("|".join([rf"\\+u{ord(self.mark):04x}", re.escape(urllib.parse.quote(self.mark))]),
+                      self.mark, text, flags=re.IGNORECASE)
+
     def cut(self, text: str, answers: list[tuple[int, int]]) -> list[Span]:
         """Spans of a rendered text; what lies in `answers` is to be learnt, but for white space after its last
         control token."""
@@ -175,6 +205,8 @@ def read_template(path: Path | str) -> tuple[str | None, dict[str, str]]:
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / "tokenizer_config.json"
     config = read_json(file, {str: Any}) if file.exists() else {}
+    if (folder / "special_tokens_map.json").exists():                 # where older tokenizers keep them
+        config = read_json(folder / "special_tokens_map.json", {str: Any}) | config
     marks = {name: value.get("content") if isinstance(value, dict) else value for name in MARKS
              if (value := config.get(name)) is not None}
     template = config.get("chat_template")
@@ -208,7 +240,7 @@ def compiled(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    environment.globals["raise_exception"] = refuse
     return environment.from_string(source)
 
 
@@ -219,6 +251,3 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
 
 def refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-now: Callable[[str], str] = lambda form: datetime.datetime.now().strftime(form)         # noqa: E731
