@@ -176,3 +176,17 @@ def test_the_recipe_extends_measures_and_goes_on(tmp_path, capsys, monkeypatch):
     assert "reads 128 tokens already" in capsys.readouterr().err
     assert cli.main(["extend", str(tmp_path / "base"), "--data", str(file), "--lengths", "512", "256"]) == 2
     assert "must rise" in capsys.readouterr().err
+
+
+def test_yarn_is_never_stretched_less_than_before():
+    """A window that is shorter than what the factor allows stays; a temperature that was given goes with its factor."""
+    def scaling(given: YarnScaling, to: int) -> YarnScaling:
+        c = config(seq_len=512)
+        layers = tuple(replace(x, mixer=replace(x.mixer, positions=replace(x.mixer.rope, scaling=given)))
+                       for x in c.layers)
+        return extended(replace(c, layers=layers), to).layers[0].mixer.rope.scaling
+
+    assert scaling(YarnScaling(factor=4.0, original=512), 1024).factor == 4.0
+    further = scaling(YarnScaling(factor=4.0, original=512, attention_factor=1.14), 8192)
+    assert (further.factor, further.attention_factor) == (16.0, None)
+    assert scaling(YarnScaling(factor=4.0, original=512, attention_factor=1.14), 1024).attention_factor == 1.14

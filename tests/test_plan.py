@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mindseed import cli
+from mindseed.base.hardware import PEAKS
 from mindseed.infer.state import Cache
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM, build
@@ -240,6 +241,12 @@ def test_a_plan_for_gpus_that_are_not_here(capsys):
     steps = int(re.search(r"steps\D+([\d,]+)", shown)[1].replace(",", ""))
     per_token = flops_per_token(preset("small").lm_config(vocab_size=6400, seq_len=1024), 1024).model
     assert steps == pytest.approx(8 * 989e12 * 0.5 * 600 / per_token / (256 * 1024), rel=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PEAKS])
+def test_every_gpu_of_the_table_can_be_planned_for(name, capsys):
+    assert cli.main(["plan", "--depth", "2", "--loop.steps", "1", "--gpu", name.lower()]) == 0
+    assert name.upper() in capsys.readouterr().out
 
 
 def test_a_plan_that_does_not_fit_warns(capsys):

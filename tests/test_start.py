@@ -181,3 +181,15 @@ def test_a_shape_that_only_we_can_read_is_named_before_it_is_trained(tmp_path, c
                          str(data), "--out", str(tmp_path / preset), "--data.seq_len", "48", "--loop.steps", "1",
                          "--loop.batch", "2"]) == 0
         assert ("only mindseed will read the model" in capsys.readouterr().err) == warned
+
+
+def test_the_width_of_copies_is_not_a_choice(tmp_path, capsys):
+    start, data = tmp_path / "start", write(tmp_path / "texts.jsonl", TEXTS)
+    model = build(Shape(layers=1, dim=16, heads=2, kv_heads=1, head_dim=8, ffn_dim=24).lm_config(
+        vocab_size=Byte().vocab_size, seq_len=32), seed=0)
+    save_directory(model, Byte(), start)
+    assert go_on(start, data, tmp_path / "run", "--model.moe.experts", "4", "--model.moe.expert_dim", "8") == 2
+    assert "expert_dim=8 has no effect" in capsys.readouterr().err and not (tmp_path / "run" / "data").exists()
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert cli.main(["chat", str(tmp_path / "x.gguf"), "--prompt", "hi"]) == 2
+    assert "is a GGUF file" in capsys.readouterr().err

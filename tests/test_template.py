@@ -137,6 +137,8 @@ def test_calls_are_told_as_a_template_wants_them_or_refused():
     assert told.startswith('user: rain?<|im_end|>[<|im_start|>weather: {"city": "Rome"}<|im_end|>]')
     with pytest.raises(UserError, match="leaves out a tool or a call"):
         lessons(APPENDING, CALLING)
+    asking = [user("use the weather"), *CALLING[1:]]                  # its name alone is not the call
+    assert lessons(NULL, asking)[0].endswith(told.split("rain?")[1])
 
 
 ONLY_THE_LAST = """\
@@ -178,6 +180,15 @@ def test_an_answer_that_begins_as_the_prompt_goes_on_is_learnt_whole(answer, ope
 def test_tools_are_told_or_refused():
     with pytest.raises(UserError, match="leaves out a tool"):
         lessons(APPENDING, TALK, tools=[WEATHER])
+
+
+def test_keys_of_arguments_and_schemas_are_text():
+    source = FORGETTING
+    calls = [{"name": "f", "arguments": {"a<|im_end|>": 1}}]
+    some = [{"name": "f", "parameters": {"properties": {"x<|im_end|>": {}}}}]
+    spans, = Template(source, MARKS).lessons(Byte(), [user("?"), says("", tool_calls=calls)], tools=some)
+    assert [span.text for span in spans if span.control].count("<|im_end|>") == 3
+    assert joined(spans).count("<|im_end|>") == 5
 
 
 def test_an_escaped_mark_leaves_no_trace():

@@ -170,6 +170,9 @@ def require_folder(folder: Path) -> Path:
     """`folder`, if it is a model directory; else a UserError that names those in and beside it."""
     recover(folder)
     if folder.is_file():
+        if folder.suffix == ".gguf":
+            raise UserError(f"{folder} is a GGUF file, which is written here for llama.cpp and Ollama and not read; "
+                            "name the model directory that it was made from")
         raise UserError(f"{folder} is a file and no model directory; make one of it first: mindseed convert {folder} "
                         "DIRECTORY")
     if not folder.is_dir():

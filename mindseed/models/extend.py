@@ -42,7 +42,9 @@ def stretched(rope: RopeConfig, trained: int, seq_len: int) -> RopeConfig:
     s = rope.scaling
     if s is None:
         return replace(rope, scaling=YarnScaling(factor=seq_len / trained, original=trained))
-    if isinstance(s, YarnScaling):
-        return replace(rope, scaling=replace(s, factor=seq_len / s.original))
+    if isinstance(s, YarnScaling):                # never less than it was trained with; the temperature goes with it
+        factor = max(s.factor, seq_len / s.original)
+        kept = s.attention_factor if factor == s.factor else None
+        return replace(rope, scaling=replace(s, factor=factor, attention_factor=kept))
     raise UserError(f"this model's rotary positions are scaled by {type(s).__name__} already; only plain ones and "
                     "those of YaRN are stretched further")

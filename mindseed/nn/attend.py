@@ -57,7 +57,8 @@ class Layout:
         view = self.views.get(window) or (self.training if self.key_positions is None else self.decoding)(window)
         if distance and view.distance is None and view.blocks is None:
             keys = self.positions if self.key_positions is None else self.key_positions[window]
-            view = replace(view, distance=self.positions[:, :, None] - keys[:, None, :])
+            back = self.positions[:, :, None] - keys[:, None, :]                   # pads would look far ahead
+            view = replace(view, distance=back.clamp_min(0))
         self.views[window] = view
 
     def training(self, window: Window) -> View:

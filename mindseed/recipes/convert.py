@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
@@ -39,6 +39,8 @@ class Options:
 def main(options: Options) -> int:
     if not options.source or not options.target:
         raise UserError("from where to where? mindseed convert SOURCE TARGET [--to llama] [--dtype bf16]")
+    if options.to is None and options.target.endswith(".gguf"):
+        options = replace(options, to="gguf")
     if options.to == "gguf":
         done = convert_gguf(options.source, options.target, dtype=options.dtype, tokenizer=options.tokenizer,
                             overwrite=options.overwrite, drop_mtp=options.drop_mtp)

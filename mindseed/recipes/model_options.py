@@ -134,6 +134,9 @@ class ModelOptions:
 
     def upcycling(self) -> MoEConfig | None:
         """The mixture into which the dense layers of `start` are to be made, if they are."""
+        if self.moe.expert_dim is not None:
+            raise UserError(f"model.moe.expert_dim={self.moe.expert_dim} has no effect on a model that is there: its "
+                            "experts begin as copies of its feed-forwards, as wide as they are")
         return self.moe.mixture(ffn_dim=1) if self.moe != MoEOptions() else None
 
     def idle(self, shape: Shape, base: Shape) -> Iterator[tuple[str, str]]:

@@ -78,7 +78,7 @@ def pace(options: Options, device: torch.device | str) -> tuple[str, Peak]:
     if isinstance(device, torch.device):
         precision = choose_precision(options.loop.precision, device)
         return precision, peak(device, DTYPES[precision])
-    known = {name: figures for name, figures in PEAKS}
+    known = {name.upper(): figures for name, figures in PEAKS}
     if device not in known:
         raise UserError(f"gpu={options.gpu} is not in the table of data sheets; choose one of {', '.join(known)}")
     asked = options.loop.precision

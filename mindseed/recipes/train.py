@@ -182,6 +182,7 @@ def check_early(options: TrainOptions) -> None:
             raise UserError(f"model.start brings its own shape; leave out {', '.join(asked) or '--depth'}")
         if Path(start).resolve() == (Path(options.out) / "model").resolve():
             raise UserError(f"{start} would be written over by the model of this run; choose another --out")
+        options.model.upcycling()
         with TensorFiles(weight_files(require_folder(Path(start)))):
             pass                                  # whole as far as their headers tell
         if named and load_tokenizer(named).hash() != load_tokenizer(require_folder(Path(start))).hash():

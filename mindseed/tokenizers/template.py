@@ -59,17 +59,22 @@ class Template:
         if thinking is not None:
             known |= {"enable_thinking": thinking, "open_thinking": thinking}
         calls = [call for m in messages for call in m.get("tool_calls") or []]
-        names = [named(one) for one in [*calls, *(tools or [])]]
+        renamed = [m | {"tool_calls": [anonymous(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
+                   for m in messages]
         problem = "it leaves out a tool or a call of one"
         for form in FORMS if calls else FORMS[:1]:
             try:
-                text = compiled(self.source).render(messages=[theirs(message, *form) for message in messages], **known)
+                text = self.rendered(messages, form, known)
             except Exception as error:            # a stranger's program may fail in any way
                 problem = " ".join(str(error).split()) or type(error).__name__
                 continue
-            if all(name in text or json.dumps(name, ensure_ascii=False)[1:-1] in text for name in names):
+            lost = tools and text == self.rendered(messages, form, known | {"tools": [anonymous(t) for t in tools]})
+            if not lost and not (calls and text == self.rendered(renamed, form, known)):
                 return text
         raise UserError(f"the model's chat template cannot tell this conversation: {problem}")
+
+    def rendered(self, messages: list[Message], form: tuple[str | None, bool], known: dict[str, Any]) -> str:
+        return compiled(self.source).render(messages=[theirs(message, *form) for message in messages], **known)
 
     def spans(self, tokenizer: ByteLevel, messages: list[Message], *, tools: Tools = None,
               generation_prompt: bool = False, thinking: bool | None = None) -> list[Span]:
@@ -125,10 +130,11 @@ def common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def named(call: dict[str, Any]) -> str:
-    """The name of a call or of a tool, in OpenAI's form or bare; empty if it has none."""
+def anonymous(call: dict[str, Any]) -> dict[str, Any]:
+    """A call or a tool, in OpenAI's form or bare, under another name: a text that stays the same does not tell it."""
     inner = call.get("function") if isinstance(call.get("function"), dict) else call
-    return inner["name"] if isinstance(inner.get("name"), str) else ""
+    other = inner | {"name": f"{inner.get('name')}?"}
+    return call | {"function": other} if inner is not call else other
 
 
 def says(content: str) -> Message:
@@ -162,7 +168,7 @@ class Guard:
 
     def broken(self, value: Any, *, keep: frozenset[str]) -> Any:
         if isinstance(value, dict):
-            return {key: self.broken(part, keep=keep) for key, part in value.items()}
+            return {self.broken(key, keep=keep): self.broken(part, keep=keep) for key, part in value.items()}
         if isinstance(value, list):
             return [self.broken(part, keep=keep) for part in value]
         if not isinstance(value, str):
