@@ -1,12 +1,15 @@
 """From logits to the next token.
 
-Filters cut the unlikely tail, in the order of Hugging Face's processors: repetition penalty, temperature, top-k,
-top-p, min-p. What remains is drawn by inverting its cumulative distribution with one uniform number per token, from a
-generator of the row's own: a request with a seed gets the same answer whatever else shares its batch.
+Logits are first biased and penalised, then cut in the order of Hugging Face's processors: temperature, top-k, top-p,
+min-p. What remains is drawn by the Gumbel trick (1611.00712): the token with the largest log-probability plus noise,
+where the noise is a function of the request's seed, of how many tokens came before and of the token itself, and of
+nothing else. So a request with a seed gets the same answer whatever shares its batch, however often it is interrupted,
+and whoever guesses its tokens beforehand: a draft that draws with the same noise mostly draws the same token, and
+comparing the two is all there is to exact speculation (2408.07978).
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +28,9 @@ class Sampling:
     top_p: float = 1.0                # keep the smallest set with at least this much probability (1904.09751); 1: all
     min_p: float = 0.0                # keep tokens at least this likely relative to the likeliest (2407.01082); 0: all
     repetition_penalty: float = 1.0   # divide the odds of tokens that already occurred (1909.05858); 1: none
+    frequency_penalty: float = 0.0    # taken from a logit for every time the answer holds the token, as OpenAI does
+    presence_penalty: float = 0.0     # taken once if it holds it at all
+    logit_bias: tuple[tuple[int, float], ...] = ()    # (id, what is added to its logit)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,12 +45,21 @@ class Sampling:
         need("min_p", 0 <= self.min_p < 1, "from 0 (keep all tokens) to below 1")
         need("repetition_penalty", LEAST <= self.repetition_penalty <= 1 / LEAST,
              f"from {LEAST:g} to {1 / LEAST:g}, and 1 for none")
+        need("frequency_penalty", abs(self.frequency_penalty) <= 100, "from -100 to 100, and 0 for none")
+        need("presence_penalty", abs(self.presence_penalty) <= 100, "from -100 to 100, and 0 for none")
+        need("logit_bias", all(abs(bias) <= 1e4 for _, bias in self.logit_bias), "from -10000 to 10000 for a token")
         need("seed", 0 <= self.seed < 1 << 63, "a whole number from 0 to 2^63 - 1")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+# ------------------------------------------------------------------------------------------------- the distribution
 
 def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The candidates that temperature, top-k, top-p and min-p leave of logits (B, V).
@@ -71,47 +86,123 @@ def renormalise(probs: Tensor) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
-class Sampler:
-    """Chooses tokens for a batch in which every row has its own seed, and remembers which tokens each row has seen."""
-
-    def __init__(self, sampling: Sampling, prompts: list[list[int]], seeds: list[int], vocab_size: int,
-                 device: torch.device | str = "cpu") -> None:
-        self.sampling = sampling
-        self.generators = [] if sampling.greedy else [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.seen: Tensor | None = None                                           # (B, V): has it occurred?
-        if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, torch.tensor(prompt, device=device)] = True
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """The next ids (B,) for logits (B, V)."""
-        if self.seen is not None:
-            logits = penalised(logits, self.seen, self.sampling.repetition_penalty)
-        ids = logits.max(-1).indices if self.sampling.greedy else self.draw(logits)
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
-        return ids
-
-    def draw(self, logits: Tensor) -> Tensor:
-        probs, ids = filtered(logits, self.sampling)
-        sums = probs.to(torch.float64).cumsum(-1)                                 # (B, C)
-        total = sums[:, -1:]
-        if not torch.isfinite(total).all():
-            raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
-        u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]).to(logits.device)
-        point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return ids.gather(1, torch.searchsorted(sums, point, right=True))[:, 0]   # the first whose sum is above it
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
-        if self.generators:
-            self.generators = [self.generators[row] for row in rows]
-        if self.seen is not None:
-            self.seen = self.seen[rows]
-
-
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits (B, V) with those of seen tokens divided by the penalty, or multiplied where they are negative."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+class Seen:
+    """Which tokens a row has read, and how often it has written each: what penalties need to know."""
+
+    def __init__(self, prompt: list[int], vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.seen[torch.tensor([id for id in prompt if id < vocab_size], dtype=torch.long, device=device)] = True
+        self.written = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+
+    def add(self, id: int) -> None:
+        self.seen[id] = True
+        self.written[id] += 1
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+@dataclass(kw_only=True)
+class Chooser:
+    """How one row chooses: its sampling and seed, and where it stands. `step` counts the tokens it has chosen."""
+
+    sampling: Sampling
+    seed: int
+    seen: Seen | None = None
+    allowed: Tensor | None = None                 # bool (V,): what a grammar lets follow now; None: anything
+    step: int = 0
+
+    @classmethod
+    def of(cls, sampling: Sampling, seed: int, prompt: list[int], vocab_size: int,
+           device: torch.device | str = "cpu") -> Chooser:
+        seen = Seen(prompt, vocab_size, device) if sampling.penalises else None
+        return cls(sampling=replace(sampling, seed=0), seed=seed % (1 << 63), seen=seen)
+
+    def chose(self, id: int) -> None:
+        self.step += 1
+        if self.seen is not None:
+            self.seen.add(id)
+
+
+@dataclass(frozen=True)
+class Choice:
+    ids: Tensor                                   # (B,)
+    logps: Tensor                                 # (B,): under the model itself
+    sampled_logps: Tensor                         # (B,): under the distribution that was drawn from; 0 if greedy
+
+
+def choose(logits: Tensor, rows: list[Chooser]) -> Choice:
+    """The next token of every row of logits (B, V). Changes nothing: tell a row by `chose`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    whole = wide.logsumexp(-1)                                                    # (B,)
+    if not torch.isfinite(whole).all():
+        raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
+    groups: dict[Sampling, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.sampling, []).append(i)
+    ids, sampled = torch.empty(len(rows), dtype=torch.long, device=logits.device), torch.zeros_like(whole)
+    for sampling, members in groups.items():
+        some = [rows[i] for i in members]
+        index = slice(None) if len(groups) == 1 else torch.tensor(members, device=logits.device)
+        changed = adjusted(wide[index], sampling, some)
+        if sampling.greedy:
+            ids[index] = changed.max(-1).indices
+        else:
+            ids[index], sampled[index] = draw(*filtered(changed, sampling), some)
+    return Choice(ids, wide.gather(1, ids[:, None])[:, 0] - whole, sampled)
+
+
+def adjusted(logits: Tensor, sampling: Sampling, rows: list[Chooser]) -> Tensor:
+    """Logits (B, V) after bias, penalties and grammar."""
+    if sampling.logit_bias:
+        ids, bias = zip(*sampling.logit_bias)
+        logits = logits.index_add(1, torch.tensor(ids, device=logits.device),
+                                  logits.new_tensor(bias).expand(len(logits), -1))
+    if sampling.repetition_penalty != 1:
+        logits = penalised(logits, torch.stack([row.seen.seen for row in rows]), sampling.repetition_penalty)
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        written = torch.stack([row.seen.written for row in rows])
+        logits = logits - sampling.frequency_penalty * written - sampling.presence_penalty * (written > 0)
+    if any(row.allowed is not None for row in rows):
+        everything = torch.ones(logits.shape[-1], dtype=torch.bool)
+        allowed = torch.stack([everything if row.allowed is None else row.allowed for row in rows])
+        logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+    return logits
+
+
+def draw(probs: Tensor, ids: Tensor, rows: list[Chooser]) -> tuple[Tensor, Tensor]:
+    """One of the candidates (B, C) for every row, and its log-probability."""
+    seeds, steps = (torch.tensor(x, device=ids.device)[:, None] for x in zip(*((r.seed, r.step) for r in rows)))
+    logps = probs.to(torch.float64).log()
+    best = (logps + gumbel(seeds, steps, ids)).argmax(-1, keepdim=True)
+    return ids.gather(1, best)[:, 0], logps.gather(1, best)[:, 0].to(probs.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- noise
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)           # numbers of splitmix64 (Steele et al., OOPSLA 2014), as int64
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, where products wrap and every bit of x comes to matter for every bit."""
+    x = (x ^ shifted(x, 30)) * MIX_1
+    x = (x ^ shifted(x, 27)) * MIX_2
+    return x ^ shifted(x, 31)
+
+
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits as if x had no sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def gumbel(seeds: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
+    """Noise (B, C) in float64 for seeds (B, 1), steps (B, 1) and ids (B, C), the same on every device."""
+    stream = mixed(mixed(seeds + GOLDEN) + (steps + 1) * GOLDEN)
+    uniform = (shifted(mixed(stream + (ids + 1) * GOLDEN), 12).to(torch.float64) + 0.5) * 2.0 ** -52   # never 1
+    return -(-uniform.log()).log()

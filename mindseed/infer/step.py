@@ -21,18 +21,23 @@ from mindseed.nn.gqa import GQA
 from mindseed.nn.linear import Linear, transposed_product, wants_transposed
 from mindseed.nn.norm import RMSNorm
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, State], Tensor]
 
 
-def decoding_step(model: LM, state: State) -> Step:
-    """A function of ids (B,) and positions (B, 1) that appends to `state` and returns the hidden vectors (B, D).
+def decoding_step(model: LM) -> Step:
+    """A function of ids (B,), positions (B, 1) and a state, to which it appends; it returns the hidden vectors (B, D).
 
-    Reads the weights as they are now: make a new one after training on.
+    May keep copies of weights as they are now: make a new one after training on.
     """
+    if flat(model):
+        return FlatStep(model)
+    return lambda ids, positions, state: model(ids[:, None], positions, state).hidden[:, 0]
+
+
+def flat(model: LM) -> bool:
+    """Whether a flattened step computes what this model does."""
     plain = not torch.is_autocast_enabled(model.embed.weight.device.type) and model.place is None
-    if plain and type(model.norm) is RMSNorm and all(known(block) for block in model.blocks):
-        return FlatStep(model, state)
-    return lambda ids, positions: model(ids[:, None], positions, state).hidden[:, 0]
+    return plain and type(model.norm) is RMSNorm and all(known(block) for block in model.blocks)
 
 
 def known(block: Block) -> bool:
@@ -53,29 +58,29 @@ def known(block: Block) -> bool:
 class FlatStep:
     """See the head of this file. B sequences, width D, H query heads, G key/value heads of width K."""
 
-    def __init__(self, model: LM, state: State) -> None:
-        self.model, self.state = model, state
+    def __init__(self, model: LM) -> None:
+        self.model = model
         self.last_norm = Norm.of(model.norm)
-        self.layers = [self.flatten(block, i) for i, block in enumerate(model.blocks)]
+        self.layers = [self.flatten(block) for block in model.blocks]
 
-    def flatten(self, block: Block, index: int) -> tuple:
-        """A block as (config, its state, weights in the order of their use)."""
+    def flatten(self, block: Block) -> tuple:
+        """A block as its config and weights, in the order of their use."""
         mixer, ffn, c = block.mixer, block.ffn, block.mixer.config
         qkv = torch.cat([mixer.q.weight, mixer.k.weight, mixer.v.weight])         # ((H + 2G) K, D)
         qk_norm = None
         if c.qk_norm:
             qk_norm = torch.cat([mixer.q_norm.weight.expand(c.heads, -1), mixer.k_norm.weight.expand(c.kv_heads, -1)])
             qk_norm = Norm(qk_norm, c.norm_eps)
-        return (c, self.state.layer(index), Norm.of(block.mixer_norm), qkv, qk_norm, mixer.o.weight,
+        return (c, Norm.of(block.mixer_norm), qkv, qk_norm, mixer.o.weight,
                 Norm.of(block.ffn_norm), ffn.gate.weight, ffn.up.weight, ffn.down.weight)
 
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        layout = self.model.layout(positions, self.state)
+    def __call__(self, ids: Tensor, positions: Tensor, state: State) -> Tensor:
+        layout = self.model.layout(positions, state)
         tables = {key: full_width(*halves) for key, halves in layout.rotary.items()}
         x = F.embedding(ids, self.model.embed.weight)                             # (B, D)
         B, dtype = len(x), x.dtype
         product = transposed_product if wants_transposed(x) else F.linear
-        for c, memory, mixer_norm, qkv_weight, qk_norm, o, ffn_norm, gate, up, down in self.layers:
+        for i, (c, mixer_norm, qkv_weight, qk_norm, o, ffn_norm, gate, up, down) in enumerate(self.layers):
             H, G, K = c.heads, c.kv_heads, c.head_dim
             qkv = product(mixer_norm(x).to(dtype), qkv_weight).contiguous().view(B, H + 2 * G, K)
             qk = qkv[:, :H + G]
@@ -83,7 +88,7 @@ class FlatStep:
                 qk = qk_norm(qk)
             cos, sin = tables[c.rope, K]
             qk = torch.addcmul(qk * cos, qk.roll(K // 2, -1), sin).to(dtype)      # (B, H + G, K)
-            k, v = memory.append(k=qk[:, None, H:], v=qkv[:, None, H + G:])       # (B, S, G, K)
+            k, v = state.layer(i).append(k=qk[:, None, H:], v=qkv[:, None, H + G:])       # (B, S, G, K)
             y = F.scaled_dot_product_attention(qk[:, :H].view(B, G, H // G, K), k.transpose(1, 2), v.transpose(1, 2),
                                                attn_mask=layout.views[c.window].mask)    # (B, G, H / G, K)
             x.add_(product(y.reshape(B, H * K), o))

@@ -95,7 +95,7 @@ class Layout:
     def add_rotary(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, window: Window = None) -> None:
         """Make the tables of one kind of rotation, unless they are there."""
         if config.depends_on_length and self.key_positions is not None:
-            length, keys = self.positions.max() + 1, self.key_positions[window]
+            length, keys = self.positions.amax(1) + 1, self.key_positions[window]
             self.key_rotary[config, head_dim, window] = rope_tables(
                 config, head_dim, keys.masked_fill(keys == NOWHERE, 0), dtype, length)
         if (config, head_dim) not in self.rotary:

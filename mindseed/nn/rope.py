@@ -99,13 +99,14 @@ class RopeConfig:
 
 
 def frequencies(config: RopeConfig, head_dim: int, length: Tensor | int = 0) -> tuple[Tensor, float]:
-    """(angle per position of each pair (K/2,) in float64, factor on queries and keys) for a text of `length` tokens."""
+    """(angle per position of each pair (K/2,) in float64, factor on queries and keys) for a text of `length` tokens;
+    for lengths (B,) the angles are (B, K/2) if they depend on it."""
     s, theta = config.scaling, torch.tensor(config.theta, dtype=torch.float64)
     exponent = torch.arange(head_dim // 2, dtype=torch.float64) / (head_dim // 2)
     if isinstance(s, DynamicScaling):
         longer = torch.as_tensor(length, dtype=torch.float64).cpu().clamp_min(s.original)
         theta = theta * (s.factor * longer / s.original - (s.factor - 1)) ** (head_dim / (head_dim - 2))
-    plain = theta ** -exponent
+    plain = theta[..., None] ** -exponent
     if isinstance(s, LinearScaling):
         return plain / s.factor, 1.0
     if isinstance(s, YarnScaling):
@@ -151,11 +152,13 @@ def rope_tables(config: RopeConfig, head_dim: int, positions: Tensor, dtype: tor
                 length: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, each (B, T, 1, K/2), for positions (B, T); angles are taken in float64 before they are rounded.
 
-    `length` is that of the whole text, by default up to the last of the positions.
+    `length` (B,) is that of the whole texts, by default up to the last position of each row.
     """
     if length is None:
-        length = int(positions.max()) + 1 if config.depends_on_length else 0
+        length = positions.amax(-1) + 1 if config.depends_on_length else 0
     frequency, factor = frequencies(config, head_dim, length)
+    if frequency.dim() > 1:                                                       # every row has its own
+        frequency = frequency[:, None, None]
     angle = positions[..., None, None] * frequency.to(positions.device)           # (B, T, 1, K/2)
     cos, sin = angle.cos(), angle.sin()
     if factor != 1:

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.base.log import warn
+from mindseed.infer.engine import Engine, EngineConfig
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import Loaded, load_directory
 from mindseed.recipes.machine import choose_device
@@ -28,6 +30,9 @@ class AnswerOptions:
     max_new: int = option(512, help="longest answer, in tokens", elsewhere=("max_new_tokens", "max_tokens"))
     stop: tuple[str, ...] = option((), help="end an answer at any of these texts")
     device: str = option("auto", help="cpu, cuda, mps, or auto")
+    draft: Literal["none", "ngram", "mtp"] = option(
+        "none", help="guess tokens ahead, for the same answers sooner: from what was said before (ngram), or by the "
+                     "model's own modules for further tokens (mtp)")
     dtype: str = option("auto", help="fp32, bf16, or auto: fp32 on a CPU, bf16 elsewhere")
 
     def load(self, recipe: str) -> Loaded:
@@ -40,6 +45,10 @@ class AnswerOptions:
         if self.dtype not in dtypes:
             raise UserError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(dtypes)}")
         return load_directory(self.model, dtype=dtypes[self.dtype], device=device)
+
+    def engine(self, loaded: Loaded, *, max_seqs: int) -> Engine:
+        """What answers with the model, `max_seqs` answers at once."""
+        return Engine.of(loaded, EngineConfig(max_seqs=max_seqs, draft=self.draft))
 
     def sampling(self, loaded: Loaded) -> Sampling:
         """The options over the directory's defaults over plain sampling."""

@@ -20,7 +20,8 @@ from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.base.files import read_text, write_text
 from mindseed.base.log import console, notes, warn
-from mindseed.infer.generate import Token, stream
+from mindseed.infer.engine import Engine, EngineConfig, Request
+from mindseed.infer.rows import Token
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import Loaded
 from mindseed.recipes.answer import AnswerOptions, not_unicode, warn_of_foreign_chat
@@ -53,7 +54,7 @@ class Options(AnswerOptions):
 def main(options: Options) -> int:
     loaded = options.load("chat")
     warn_of_foreign_chat(loaded, options.model)
-    talk = Conversation(loaded, options.sampling(loaded), max_new=options.max_new, stop=options.stop,
+    talk = Conversation(loaded, options.sampling(loaded), engine=options.engine(loaded, max_seqs=1), max_new=options.max_new, stop=options.stop,
                         system=options.system, thinking=THINKING[options.think])
     if options.prompt is not None:
         show_plain(talk.ask(options.prompt))
@@ -67,9 +68,10 @@ def main(options: Options) -> int:
 class Conversation:
     """Messages so far, and how to get the next one."""
 
-    def __init__(self, loaded: Loaded, sampling: Sampling, *, max_new: int, stop: tuple[str, ...] = (),
-                 system: str = "", thinking: bool | None = None) -> None:
+    def __init__(self, loaded: Loaded, sampling: Sampling, *, max_new: int, engine: Engine | None = None,
+                 stop: tuple[str, ...] = (), system: str = "", thinking: bool | None = None) -> None:
         self.loaded, self.sampling, self.max_new, self.stop = loaded, sampling, max_new, stop
+        self.engine = engine or Engine.of(loaded, EngineConfig(max_seqs=1))       # remembers what was said
         self.system, self.thinking = system, thinking
         self.messages: list[dict] = []
         self.reset()
@@ -88,10 +90,10 @@ class Conversation:
         except UserError:
             self.messages.pop()
             raise
+        request = Request(prompt=prompt, sampling=self.sampling, max_new=self.max_new, stop=self.stop)
         text = ""
         try:
-            for token in stream(self.loaded.model, self.loaded.tokenizer, [prompt], sampling=self.sampling,
-                                max_new=self.max_new, stop=self.stop, stop_ids=self.loaded.stop_ids or None):
+            for _, token in self.engine.stream([request]):
                 text += token.text
                 yield token
         finally:
@@ -233,7 +235,7 @@ def changed(sampling: Sampling, words: str) -> Sampling:
         raise UserError(f"/set takes one of {', '.join(vars(sampling))} and a value")
     try:
         return replace(sampling, **{name: type(getattr(sampling, name))(value)})
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{name} must be a number, not {value!r}") from None
 
 

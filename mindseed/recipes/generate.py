@@ -13,7 +13,8 @@ import contextlib
 import itertools
 import json
 import sys
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Literal, TextIO
 
@@ -22,7 +23,10 @@ from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, parse_json
 from mindseed.core import Tokenizer
 from mindseed.data import fim
-from mindseed.infer.generate import generate
+from mindseed.infer.beam import beam_search
+from mindseed.infer.engine import Engine, Request
+from mindseed.infer.rows import Completion
+from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import Loaded
 from mindseed.recipes.answer import AnswerOptions, not_unicode, warn_of_foreign_chat
 from mindseed.tokenizers.base import document_marks
@@ -43,7 +47,8 @@ class Options(AnswerOptions):
     think: Literal["on", "off", "auto"] = option("auto", help="think first, don't, or as the model likes (chat mode)",
                                                  elsewhere=("open_thinking on",))
     samples: int = option(1, help="answers per prompt")
-    batch_size: int = option(16, help="answers made at a time")
+    batch_size: int = option(16, help="answers written at once")
+    beams: int = option(0, help="find the likeliest answer by keeping this many beginnings at a time; 0: draw one")
     logps: bool = option(False, help="also write the log-probability of every token")
     out: str | None = option(None, help="write here instead of stdout")
 
@@ -62,32 +67,65 @@ def main(options: Options) -> None:
     for name in ("samples", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"{name}={getattr(options, name)} must be at least 1")
+    if options.beams < 0:
+        raise UserError(f"beams={options.beams} must be at least 1, or 0 to draw answers")
     if options.prompt and options.file is not None:
         raise UserError("--prompt and --file both give prompts; use one of them")
     loaded = options.load("generate")
     if options.mode == "chat":
         warn_of_foreign_chat(loaded, options.model)
-    sampling, limit = options.sampling(loaded), loaded.model.config.seq_len
+    if options.beams and (options.samples > 1 or options.logps):
+        raise UserError("--beams finds the likeliest answer, one a prompt and without log-probabilities; leave out "
+                        "--samples and --logps")
+    engine, limit = options.engine(loaded, max_seqs=max(options.batch_size, options.beams)), loaded.model.config.seq_len
     with prompts(options) as lines, output(options.out) as out:
-        todo, count, refused = jobs(lines, options, loaded, limit), 0, []
-        while batch := list(itertools.islice(todo, options.batch_size)):
-            good = [job for job in batch if job.error is None]
-            done = iter(generate(loaded.model, loaded.tokenizer, [job.ids for job in good], sampling=sampling,
-                                 max_new=options.max_new, stop=options.stop, stop_ids=loaded.stop_ids or None,
-                                 seeds=[job.seed for job in good], logps=options.logps))
-            for job in batch:
-                row = job.row
-                if job.error is not None:
-                    row, refused = row | {"error": job.error}, [*refused, job.error]
-                else:
-                    answer = next(done)
-                    row = row | {"text": answer.text, "tokens": len(answer.ids), "finish": answer.finish}
-                    if options.logps:
-                        row |= {"ids": answer.ids, "logps": [round(p, 6) for p in answer.logps]}
-                print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
-            count += len(batch)
+        count, refused = 0, []
+        for job, answer in answers(engine, jobs(lines, options, loaded, limit), options, options.sampling(loaded)):
+            row = job.row
+            if answer is None:
+                row, refused = row | {"error": job.error}, [*refused, job.error]
+            else:
+                row = row | {"text": answer.text, "tokens": len(answer.ids), "finish": answer.finish}
+                if options.logps:
+                    row |= {"ids": answer.ids, "logps": [round(p, 6) for p in answer.logps]}
+            print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+            count += 1
     if refused:
         raise UserError(f"{len(refused)} of {count} prompts could not be answered; the first: {refused[0]}")
+
+
+def answers(engine: Engine, todo: Iterator[Job], options: Options, sampling: Sampling
+            ) -> Iterator[tuple[Job, Completion | None]]:
+    """Every job with its answer, in order; others are begun while the first are still being written."""
+    line: deque[tuple[Job, int | None, Completion]] = deque()
+    known: dict[int, Completion] = {}
+    while True:
+        for job in itertools.islice(todo, 2 * options.batch_size - len(line)):
+            if job.error is None and options.beams:
+                yield job, best_of_beams(engine, job.ids, options)
+                continue
+            request = Request(prompt=job.ids, sampling=replace(sampling, seed=job.seed), max_new=options.max_new,
+                              stop=options.stop)
+            line.append((job, None if job.error else engine.submit(request), Completion()))
+            known |= {number: done for _, number, done in [line[-1]] if number is not None}
+        if not line:
+            return
+        while line and (line[0][1] is None or line[0][1] not in engine.jobs):
+            job, number, done = line.popleft()
+            yield job, None if number is None else done
+        for number, token in engine.step():
+            known[number].add(token)
+
+
+def best_of_beams(engine: Engine, ids: list[int], options: Options) -> Completion:
+    """The likeliest answer as a completion."""
+    best = beam_search(engine, ids, beams=options.beams, max_new=options.max_new)[0]
+    done, row = Completion(), engine.row(ids, options.stop, options.max_new)
+    for id in best.ids:
+        done.add(row.push(id, None))
+        if row.finish:
+            break
+    return done
 
 
 @contextlib.contextmanager

@@ -1,0 +1,172 @@
+"""An engine in a thread of its own, for programs that wait with asyncio.
+
+The engine computes, everything else waits. Requests, cancellations and questions go to the thread as letters in an
+inbox, which it reads between two passes; the tokens of a pass come back in one call to the event loop and are sorted
+into a queue per request. Whoever stops listening to its queue (a client that went away) cancels its request: the blocks
+are free before the next pass.
+"""
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from mindseed.base.errors import UserError
+from mindseed.infer.engine import Engine, Request, Stats
+from mindseed.infer.rows import Token
+
+Line = tuple[asyncio.AbstractEventLoop, asyncio.Queue]     # where the tokens of a request go
+
+
+class EngineDead(RuntimeError):
+    """The engine's thread ended by a fault of ours; the server must be started again."""
+
+
+class Service:
+    """Starts the thread at once. Everything public may be called from any thread and any event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.error: BaseException | None = None
+        self.inbox: queue.SimpleQueue[tuple[Callable[..., Any], Future]] = queue.SimpleQueue()
+        self.lines: dict[int, Line] = {}
+        self.closing = False
+        self.seen = engine.stats()
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.thread.start()
+
+    # ------------------------------------------------------------------------------------------------- any thread's
+
+    async def stream(self, request: Request) -> AsyncIterator[Token]:
+        """The tokens of all answers to a request. Raises UserError (QueueFull, TooLong) before the first; to close it
+        early, or to cancel the task that listens, cancels the request."""
+        self.engine.check(request)                                    # at once, and not between two passes
+        line: Line = (asyncio.get_running_loop(), asyncio.Queue())
+        future = self.call(self.begin, request, line)
+        try:
+            number = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:                                # it may have been taken in by now
+            future.add_done_callback(lambda f: f.cancelled() or f.exception() or self.call(self.end, f.result()))
+            raise
+        left = request.n
+        try:
+            while left:
+                item = await line[1].get()
+                if isinstance(item, BaseException):
+                    raise item
+                left -= item.finish is not None
+                yield item
+        finally:
+            if left:
+                self.call(self.end, number)
+
+    async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
+        return await asyncio.wrap_future(self.call(lambda: self.engine.embed(prompts).tolist()))
+
+    def stats(self) -> Stats:
+        """As of the last pass."""
+        return self.seen
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Have the engine's thread call a function between two passes."""
+        future: Future = Future()
+        if self.error is not None or self.closing and not self.thread.is_alive():
+            future.set_exception(EngineDead(f"the engine has stopped: {self.error or 'it was closed'}"))
+            return future
+        self.inbox.put((lambda: function(*arguments), future))
+        if not self.thread.is_alive():            # it ended meanwhile, and reads no more
+            self.read_inbox(wait=False, refuse=True)
+        return future
+
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Take no more requests, wait at most so long for those that are running, cancel the rest, end the thread."""
+        deadline = time.monotonic() + drain_s
+        while self.engine.busy and self.error is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.closing = True
+        self.call(lambda: None)                                       # wakes it
+        self.thread.join()
+
+    # ------------------------------------------------------------------------------------------ the engine's thread
+
+    def run(self) -> None:
+        try:
+            while not self.closing:
+                self.read_inbox(wait=not self.engine.busy)
+                if self.engine.busy and not self.closing:
+                    self.pass_once()
+        except BaseException as error:            # a fault of ours: nobody may wait for ever
+            self.error = error
+        finally:
+            self.closing = True
+            self.fail_all(EngineDead(f"the engine has stopped: {self.error or 'it was closed'}"))
+            self.read_inbox(wait=False, refuse=True)
+
+    def read_inbox(self, *, wait: bool, refuse: bool = False) -> None:
+        """Answer all letters that are there; `wait` for one."""
+        while True:
+            try:
+                function, future = self.inbox.get(block=wait, timeout=1.0 if wait else None)
+            except queue.Empty:
+                break
+            wait = False
+            if not future.set_running_or_notify_cancel():
+                continue
+            if refuse:
+                future.set_exception(EngineDead(f"the engine has stopped: {self.error or 'it was closed'}"))
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        if not refuse:
+            self.seen = self.engine.stats()
+
+    def begin(self, request: Request, line: Line) -> int:
+        number = self.engine.submit(request)
+        self.lines[number] = line
+        return number
+
+    def end(self, number: int) -> None:
+        self.lines.pop(number, None)
+        self.engine.cancel(number)
+
+    def pass_once(self) -> None:
+        try:
+            tokens = self.engine.step()
+        except UserError as error:                # damaged weights: these requests fail, the thread lives
+            for number in list(self.engine.jobs):
+                self.engine.cancel(number)
+            self.fail_all(error)
+            return
+        self.seen = self.engine.stats()
+        posts: dict[asyncio.AbstractEventLoop, list] = {}
+        for number, token in tokens:
+            if number in self.lines:
+                loop, line = self.lines[number]
+                posts.setdefault(loop, []).append((line, token))
+        for number in {number for number, token in tokens if token.finish and number not in self.engine.jobs}:
+            self.lines.pop(number, None)
+        for loop, items in posts.items():
+            post(loop, items)
+
+    def fail_all(self, error: BaseException) -> None:
+        lines, self.lines = self.lines, {}
+        for loop, line in lines.values():
+            post(loop, [(line, error)])
+
+
+def post(loop: asyncio.AbstractEventLoop, items: list[tuple[asyncio.Queue, Any]]) -> None:
+    """Put items into queues that belong to a loop; a loop that is gone listens no more."""
+    def deliver() -> None:
+        for line, item in items:
+            line.put_nowait(item)
+
+    try:
+        loop.call_soon_threadsafe(deliver)
+    except RuntimeError:
+        pass

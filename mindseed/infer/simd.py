@@ -1,0 +1,198 @@
+"""The few machine instructions that plain Python has no words for, so that kernels.py can be plain Python.
+
+numba compiles Python's numbers and loops. Kernels that read weights as fast as memory gives them, on several threads
+at once, need three things more, each a line or two of LLVM:
+
+    lanes      sixteen float32 at once: load, store, splat, fma, total. One AVX-512 register, two of AVX2, four of NEON
+    addresses  memory by its number, so that one table of integers names every weight of a model
+    atomics    a counter that threads draw their work from, and a way to step aside while another one finishes
+
+Weights and caches are float32 or bfloat16: where `unit` is asked for, a float32 or uint16 number of any value says
+which, by its type, so that every kernel is compiled for what it reads.
+"""
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+
+LANES = 16
+
+
+@cache
+def primitives() -> dict[str, object]:
+    """The functions by name, to be called from compiled code only. Imports numba."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic, models, register_model
+
+    class Lanes(types.Type):
+        """Sixteen float32 in registers."""
+
+        def __init__(self) -> None:
+            super().__init__(name="Lanes")
+
+    @register_model(Lanes)
+    class LanesModel(models.PrimitiveModel):
+        def __init__(self, manager, kind) -> None:
+            super().__init__(manager, kind, vector)
+
+    f32, i64, lanes = types.float32, types.int64, Lanes()
+    single, bits, word, half = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(16)
+    vector, vector_bits = ir.VectorType(single, LANES), ir.VectorType(bits, LANES)
+    found: dict[str, object] = {}
+
+    def define(result, *kinds, unit: bool = False):
+        """Make an intrinsic of the decorated emit(builder, *values): arguments are converted to `kinds`, and with
+        `unit` the type of a last argument is passed on instead of its value."""
+        def wrap(emit):
+            def typed(*given):
+                def generate(context, builder, signature, values):
+                    values = [value if kind is lanes else context.cast(builder, value, source, kind)
+                              for value, source, kind in zip(values, given, kinds)]
+                    return emit(builder, *values, *given[len(kinds):])
+                return result(*given), generate
+
+            arity = len(kinds) + unit
+            spelled = {1: lambda context, a: typed(a), 2: lambda context, a, b: typed(a, b),
+                       3: lambda context, a, b, c: typed(a, b, c)}[arity]
+            spelled.__name__ = emit.__name__
+            found[emit.__name__] = intrinsic(spelled)
+        return wrap
+
+    def pointer(builder, address, kind):
+        return builder.inttoptr(address, kind.as_pointer())
+
+    def call(builder, name: str, result, *values):
+        kind = ir.FunctionType(result, [value.type for value in values])
+        return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), values)
+
+    def repeat(number, kind=vector):
+        return kind([number] * LANES)
+
+    def widen(builder, address, kinds):
+        """bfloat16 is the upper half of a float32."""
+        narrow, wide, result, shift = kinds
+        loaded = builder.load(pointer(builder, address, narrow), align=2)
+        return builder.bitcast(builder.shl(builder.zext(loaded, wide), shift), result)
+
+    # --------------------------------------------------------------------------------------------------------- lanes
+
+    @define(lanes, i64, unit=True)
+    def load(builder, address, unit):
+        if unit == types.uint16:
+            return widen(builder, address, (ir.VectorType(half, LANES), vector_bits, vector, repeat(16, vector_bits)))
+        return builder.load(pointer(builder, address, vector), align=4)
+
+    @define(types.void, i64, lanes)
+    def store(builder, address, value):
+        builder.store(value, pointer(builder, address, vector), align=4)
+
+    @define(lanes, f32)
+    def splat(builder, number):
+        one = builder.insert_element(vector(ir.Undefined), number, bits(0))
+        return builder.shuffle_vector(one, vector(ir.Undefined), repeat(0, vector_bits))
+
+    @define(lanes, lanes, lanes)
+    def add(builder, a, b):
+        return builder.fadd(a, b)
+
+    @define(lanes, lanes, lanes)
+    def multiply(builder, a, b):
+        return builder.fmul(a, b)
+
+    @define(lanes, lanes, lanes)
+    def divide(builder, a, b):
+        return builder.fdiv(a, b)
+
+    @define(lanes, lanes, lanes, lanes)
+    def fma(builder, a, b, c):
+        """a * b + c"""
+        return call(builder, f"llvm.fma.v{LANES}f32", vector, a, b, c)
+
+    @define(lanes, lanes)
+    def root(builder, a):
+        return call(builder, f"llvm.sqrt.v{LANES}f32", vector, a)
+
+    @define(lanes, lanes)
+    def exp(builder, a):
+        """2^n e^f with n whole, which goes into the exponent, and |f| <= log(2) / 2, where a series is short."""
+        for name, border in (("maxnum", -87.0), ("minnum", 88.0)):
+            a = call(builder, f"llvm.{name}.v{LANES}f32", vector, a, repeat(border))
+        whole = call(builder, f"llvm.rint.v{LANES}f32", vector, builder.fmul(a, repeat(1 / math.log(2))))
+        rest, high = a, 0.693359375                                               # log(2) to nine bits, and what is left
+        for part in (high, math.log(2) - high):
+            rest = call(builder, f"llvm.fma.v{LANES}f32", vector, whole, repeat(-part), rest)
+        series = repeat(1 / math.factorial(7))
+        for k in range(6, -1, -1):
+            series = call(builder, f"llvm.fma.v{LANES}f32", vector, series, rest, repeat(1 / math.factorial(k)))
+        shift = builder.shl(builder.fptosi(whole, vector_bits), repeat(23, vector_bits))
+        return builder.bitcast(builder.add(builder.bitcast(series, vector_bits), shift), vector)
+
+    @define(f32, lanes)
+    def total(builder, value):
+        """The sum of the lanes, halves upon halves."""
+        size = LANES
+        while size > 1:
+            size //= 2
+            low, high = (builder.shuffle_vector(value, value, ir.VectorType(bits, size)([i + at for i in range(size)]))
+                         for at in (0, size))
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, bits(0))
+
+    # ----------------------------------------------------------------------------------------------------- addresses
+
+    @define(f32, i64, unit=True)
+    def get(builder, address, unit):
+        if unit == types.uint16:
+            return widen(builder, address, (half, bits, single, bits(16)))
+        return builder.load(pointer(builder, address, single), align=4)
+
+    @define(types.void, i64, f32, unit=True)
+    def put(builder, address, number, unit):
+        if unit == types.uint16:                                                  # round to nearest, ties to even
+            raw = builder.bitcast(number, bits)
+            odd = builder.and_(builder.lshr(raw, bits(16)), bits(1))
+            raw = builder.lshr(builder.add(raw, builder.add(odd, bits(0x7FFF))), bits(16))
+            builder.store(builder.trunc(raw, half), pointer(builder, address, half), align=2)
+        else:
+            builder.store(number, pointer(builder, address, single), align=4)
+
+    @define(i64, unit=True)
+    def size_of(builder, unit):
+        return word(unit.bitwidth // 8)
+
+    @define(i64, i64)
+    def integer(builder, address):
+        return builder.load(pointer(builder, address, word), align=8)
+
+    @define(types.void, i64)
+    def prefetch(builder, address):
+        """Have the cache line at this address fetched; it may lie outside of any memory we own."""
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, ir.IntType(8)), bits(0), bits(3),
+             bits(1))
+
+    # ------------------------------------------------------------------------------------------------------- atomics
+
+    @define(i64, i64, i64)
+    def fetch_add(builder, address, number):
+        """Add to a counter; what it said before."""
+        return builder.atomic_rmw("add", pointer(builder, address, word), number, "seq_cst")
+
+    @define(i64, i64)
+    def read(builder, address):
+        """What a counter says; whatever was written before it was set is visible from here on."""
+        return builder.load_atomic(pointer(builder, address, word), "acquire", 8)
+
+    @define(types.boolean, i64, i64, i64)
+    def compare_swap(builder, address, old, new):
+        """Write `new` if `old` is still there; whether it was."""
+        pair = builder.cmpxchg(pointer(builder, address, word), old, new, "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 1)
+
+    @define(types.void, i64)
+    def step_aside(builder, _):
+        """Let another thread have this core, if one waits for it."""
+        call(builder, "sched_yield" if os.name == "posix" else "SwitchToThread", bits)
+
+    return found
