@@ -315,6 +315,7 @@ def test_training_needs_an_answer_and_a_chat_needs_its_special_tokens():
      (None, ".", [{"name": "f", "arguments": {"x": "</tool_call>"}}])),
     ('<tool_call>{"name": "f"} and </tool_call>', (None, '<tool_call>{"name": "f"} and </tool_call>', [])),
     ('<tool_call>{"name": 5}</tool_call>', (None, '<tool_call>{"name": 5}</tool_call>', [])),
+    ('<tool_call>{"name": "\\ud800"}</tool_call>', (None, '<tool_call>{"name": "\\ud800"}</tool_call>', [])),
     ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
      (None, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', [])),
     ("", (None, "", [])),

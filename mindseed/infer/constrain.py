@@ -36,7 +36,7 @@ EXACT = STYLE | {"lenient": False, "coerce_one_of": False}          # what can't
 LOOSE = STYLE | {"lenient": True, "coerce_one_of": True}            # what can't be guaranteed is let pass
 MOST_REMAINDERS = 50_000                          # of multipleOf: an automaton holds a state for each
 MOST_MEMBERS, MOST_PARTS = 1_000, 10_000          # of one object in a schema, and of all: their cost is quadratic
-MOST_STATES = 50_000                              # of the automaton of an answer: a hundred MB
+MOST_STATES = 50_000                              # of the automaton of one answer: up to 100 MB
 MOST_FORCED, FORESIGHT = 20_000, 1_000            # characters that must follow: at most; seen as usual tokens
 OPEN_BY = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
 
@@ -157,7 +157,7 @@ class Matcher:
         return torch.from_numpy(mask.view(np.bool_))
 
     def advance(self, id: int) -> None:
-        """The token that was chosen. ValueError if it was not allowed."""
+        """The token that was chosen. ValueError if it was not allowed, UserError as in `allowed`."""
         gates = self.grammar.gates
         if self._body is None:
             if id == gates[self._gate][0]:
@@ -165,10 +165,10 @@ class Matcher:
             if self._gate == len(gates):
                 self._body = self.grammar.first.deep_copy()
             return
-        if self._body.is_stopped() or not self._body.consume_token(id):
+        if self.done or not self._body.consume_token(id) and "doesn't satisfy" in self._body.get_error():
             raise ValueError(f"id {id} was not allowed by the grammar here")
+        self._check()
         if self.grammar.again and self._body.is_stopped():
-            self._check()
             self._gate, self._body = len(gates) - 1, None
 
     @property
@@ -206,7 +206,7 @@ def library() -> Any:
 
 
 def compiled(tokenizer: ByteLevel, grammar: str, what: str) -> LLMatcher:
-    """A matcher at the beginning of a grammar, in Lark's syntax, that has at least one sentence to begin."""
+    """A matcher at the beginning of a grammar, which is in Lark's syntax. UserError if nothing can be begun."""
     llguidance = library()
     matcher = llguidance.LLMatcher(vocabulary(tokenizer), grammar, log_level=0,
                                    limits=llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=MOST_STATES))

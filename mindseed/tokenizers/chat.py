@@ -304,23 +304,36 @@ def parse_answer(text: str) -> dict[str, Any]:
 
 
 def take_calls(content: str) -> tuple[str, list[dict[str, Any]]]:
-    """(content without its tool calls, the calls). The JSON is read first: an argument may hold </tool_call>."""
+    """(content without its tool calls, the calls)."""
     kept, calls, at = "", [], 0
     for start in CALL_START.finditer(content):
-        if start.start() < at:                    # inside an argument of the last call
-            continue
-        try:
-            call, stop = json.JSONDecoder().raw_decode(content, start.end())
-            end = CALL_END.match(content, stop)
-            call = {"name": call["name"], "arguments": call.get("arguments", {})}
-            if end and not (isinstance(call["name"], str) and isinstance(call["arguments"], dict)):
-                end = None
-            calls += [call] if end else []
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            end = None
-        if end:
-            kept, at = kept + content[at:start.start()], end.end()
+        if start.start() >= at and (found := read_call(content, start.end())):      # before `at`: inside an argument
+            kept += content[at:start.start()]
+            calls.append(found[0])
+            at = found[1]
     return kept + content[at:], calls
+
+
+def read_call(text: str, at: int) -> tuple[dict[str, Any], int] | None:
+    """The call whose JSON begins at `at`, and where its </tool_call> ends; None if there is none. The JSON is read
+    first: an argument may hold </tool_call>."""
+    try:
+        call, stop = json.JSONDecoder().raw_decode(text, at)
+        call = {"name": call["name"], "arguments": call.get("arguments", {})}
+        good = isinstance(call["name"], str) and isinstance(call["arguments"], dict) and sayable(to_json(call))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    end = CALL_END.match(text, stop)
+    return (call, end.end()) if end and good else None
+
+
+def sayable(text: str) -> bool:
+    """Valid Unicode, so that it has bytes and can stand in a conversation."""
+    try:
+        require_unicode(text)
+    except UserError:
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------- the exported template
