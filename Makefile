@@ -14,7 +14,7 @@ LIMIT := $(VENV)/constraints.txt
 READY := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench parity-llamacpp clean env
+.PHONY: help demo test browser bench bench-llamacpp parity-llamacpp clean env
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,21 @@ bench: $(VENV)/.bench  ## measure the figures of docs/BENCHMARKS.md on this mach
 
 parity-llamacpp: $(VENV)/.test $(VENV)/.llamacpp  ## our GGUF files in llama.cpp itself (ARGS=qwen3 for some)
 	@$(BIN)/python -m tests.parity_llamacpp $(VENV)/llamacpp/bin/python $(ARGS)
+
+bench-llamacpp: $(VENV)/.bench $(VENV)/.llamacpp  ## decoding speed against llama.cpp, which is compiled first
+	@$(BIN)/python -m benchmarks.llamacpp $(VENV)/llamacpp/bin/python
+
+# The studio's tests drive a real browser. Without one they are skipped and say so; this never fails because of it.
+browser:  ## Debian's chromium for the studio's tests, if there is none and this is root
+	@if ! command -v chromium >/dev/null 2>&1 && ! command -v chromium-browser >/dev/null 2>&1 \
+	    && ! command -v google-chrome >/dev/null 2>&1; then \
+	    if command -v apt-get >/dev/null 2>&1 && [ "$$(id -u)" = 0 ]; then \
+	        echo "[+] chromium, a browser for the studio's tests"; \
+	        export DEBIAN_FRONTEND=noninteractive; quick="-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20"; \
+	        { timeout 120 apt-get $$quick update; timeout 600 apt-get $$quick -y --no-install-recommends install chromium; \
+	        } >/dev/null 2>&1 </dev/null || echo "chromium could not be installed"; \
+	    else echo "no chromium was found, and only root can install Debian's"; fi; \
+	fi
 
 clean:  ## remove the environment and caches; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
@@ -57,13 +72,13 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@echo "[+] what the tests need: pytest, hypothesis, transformers, pyarrow, zstandard"
-	@$(PIP) --constraint $(LIMIT) --editable ".[test,parity,parquet,zstd]"
+	@echo "[+] what the tests need: pytest, hypothesis, transformers, pyarrow, zstandard, the server and its clients, the studio"
+	@$(PIP) --constraint $(LIMIT) --editable ".[test,parity,parquet,zstd,serve,ui]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.core
-	@echo "[+] what the benchmarks need: transformers, matplotlib"
-	@$(PIP) --constraint $(LIMIT) --editable ".[bench,parquet,zstd]"
+	@echo "[+] what the benchmarks need: transformers, matplotlib, the server"
+	@$(PIP) --constraint $(LIMIT) --editable ".[bench,parquet,zstd,serve]"
 	@touch $@
 
 # In an environment of its own, so that the tests' is what `pip install mindseed` gives. Needs a C++ compiler.

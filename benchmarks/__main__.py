@@ -5,7 +5,7 @@ import importlib
 import subprocess
 import sys
 
-ALL = ("train_step", "packing", "engine", "bpe_training", "moe", "optimizers")
+ALL = ("train_step", "packing", "engine", "speculation", "serving", "bpe_training", "moe", "optimizers")
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.common import in_turn, ratio, reference, report, seconds, spread
 from mindseed.infer.engine import Engine, EngineConfig, Request
-from mindseed.infer.kernels import available
+from mindseed.infer.jit import available
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.lm import LM, build

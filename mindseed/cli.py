@@ -19,6 +19,8 @@ RECIPES = {                                       # in the order in which a newc
     "demo": "grow a chat model from nothing on embedded data, in minutes, and write a report",
     "chat": "talk to a model in the terminal",
     "generate": "answer prompts from stdin, one JSON object a line, for scripts",
+    "serve": "answer over HTTP, as OpenAI's API: many at once, streaming, with tools",
+    "ui": "the studio in the browser: chat, compare, runs, tokens, the inside of a model",
     "tokenizer": "train a tokenizer on your text and report how well it compresses",
     "prepare": "tokenise files once into memory-mapped shards",
     "show-batch": "print what a batch trains on, in colour",
@@ -32,6 +34,8 @@ ELSEWHERE = {                                     # what other projects call the
     **dict.fromkeys(("train-pretrain", "train-full-sft"), "train"),
     **dict.fromkeys(("eval-llm", "talk", "run"), "chat"), "train-tokenizer": "tokenizer", "tokenize": "prepare",
     **dict.fromkeys(("export", "convert-model"), "convert"),
+    **dict.fromkeys(("web-demo", "webui", "studio", "gradio"), "ui"),
+    **dict.fromkeys(("serve-openai-api", "api", "api-server", "server"), "serve"),
 }
 EXAMPLES = """\
   mindseed demo                                      from nothing to a chat model on this machine

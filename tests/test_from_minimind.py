@@ -40,7 +40,9 @@ CHATS = [[{"role": "user", "content": "你好"}, {"role": "assistant", "content"
 
 
 def lines() -> list[str]:
-    return [line.strip() for line in code_lines(PAGE) if re.match(r"(torchrun .*-m )?mindseed \S+ ", line)]
+    """All commands but those that stay until they are stopped, which tests of their own start."""
+    return [line.strip() for line in code_lines(PAGE)
+            if re.match(r"(torchrun .*-m )?mindseed (?!serve|ui)\S+ ", line)]
 
 
 def rows_of(title: str) -> list[list[str]]:

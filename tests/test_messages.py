@@ -21,7 +21,7 @@ from mindseed.recipes.tokenizer import read_texts
 from mindseed.train.state import compare
 
 
-@pytest.mark.parametrize("name", ["train_step", "decode", "moe"])
+@pytest.mark.parametrize("name", ["train_step", "engine", "moe"])
 def test_a_benchmark_without_transformers_names_the_remedy(name, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)               # as if it were not installed
     monkeypatch.setattr(sys, "argv", [name])

@@ -72,10 +72,10 @@ class Blocks:
         if (name := self.name_of.pop(block, None)) is not None:
             del self.named[name]
 
-    def forget_all(self) -> None:
-        """No text is found again: the weights have changed."""
-        self.name_of.clear()
-        self.named.clear()
+    def forget_all(self, blocks: Iterable[int] | None = None) -> None:
+        """No text of these is found again [of all: the weights have changed]."""
+        for block in list(self.name_of) if blocks is None else blocks:
+            self.forget(block)
 
     def out_of_sight(self, next_position: int) -> int:
         """How many blocks from the beginning no query at or after this position can see."""

@@ -36,6 +36,7 @@ EXACT = STYLE | {"lenient": False, "coerce_one_of": False}          # what can't
 LOOSE = STYLE | {"lenient": True, "coerce_one_of": True}            # what can't be guaranteed is let pass
 MOST_REMAINDERS = 50_000                          # of multipleOf: an automaton holds a state for each
 MOST_MEMBERS, MOST_PARTS = 1_000, 10_000          # of one object in a schema, and of all: their cost is quadratic
+MOST_AT_ONCE = 10                                 # conditions of an allOf: their cost may double with each
 MOST_STATES = 50_000                              # of the automaton of one answer: up to 100 MB
 MOST_FORCED, FORESIGHT = 20_000, 1_000            # characters that must follow: at most; seen as usual tokens
 OPEN_BY = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
@@ -303,6 +304,9 @@ def schema_json(schema: Any, options: dict[str, Any], what: str) -> str:
             if len(part) > MOST_MEMBERS or parts > MOST_PARTS:
                 raise UserError(f"{what} is too large: at most {MOST_MEMBERS} members in one object and "
                                 f"{MOST_PARTS} in all")
+            if isinstance(part.get("allOf"), list) and len(part["allOf"]) > MOST_AT_ONCE:
+                raise UserError(f"{what} has an allOf of more than {MOST_AT_ONCE}, which can be too costly to follow; "
+                                "write fewer conditions")
             if remainders > MOST_REMAINDERS:
                 raise UserError(f"{what} asks for multiples that are too costly to follow: use smaller or fewer values "
                                 "of multipleOf")

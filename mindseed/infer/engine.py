@@ -12,9 +12,10 @@ service.py gives it one for a server.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,20 +25,18 @@ from mindseed.base.errors import UserError
 from mindseed.base.hardware import total_memory
 from mindseed.core import Tokenizer
 from mindseed.infer.blocks import Blocks
+from mindseed.infer.constrain import Grammar, Matcher
 from mindseed.infer.cuda import GraphStep
 from mindseed.infer.fused import FusedStep, fits
 from mindseed.infer.paged import PagedCache, windows_of
 from mindseed.infer.rows import Completion, Row, Token, check_prompt, ends_of
 from mindseed.infer.runner import Passed, Runner
-from mindseed.infer.sample import Chooser, Sampling, choose
+from mindseed.infer.sample import Chooser, NotFinite, Sampling, choose
 from mindseed.infer.scheduler import Scheduler, Sequence, Work
 from mindseed.infer.speculative import drafter_of
 from mindseed.infer.step import flat
 from mindseed.interop.directory import Loaded
 from mindseed.models.lm import LM
-
-if TYPE_CHECKING:
-    from mindseed.infer.constrain import Grammar, Matcher
 
 SHARE_OF_MEMORY = 0.25                            # of the machine's that the cache takes at most, if nobody says
 
@@ -71,8 +70,9 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how to answer it. Answer i of `n` draws with `sampling.seed + i`; `stop` are strings, which are found
-    across the borders of tokens; `priority` is served in rising order; `grammar` holds every answer to a form."""
+    """A prompt and how to answer it. Answer i of `n` draws with `sampling.seed + i`; `stop` are strings, which are
+    found across the borders of tokens; `priority` is served in rising order; `grammar` holds every answer to a
+    form."""
 
     prompt: list[int]
     sampling: Sampling = Sampling()
@@ -82,7 +82,7 @@ class Request:
     stop_ids: tuple[int, ...] | None = None       # None: the engine's
     priority: int = 0
     top_logps: int = 0                            # alternatives to report for every token
-    prompt_logps: bool = False
+    prompt_logps: bool = False                    # of every token of the prompt, and its alternatives
     grammar: Grammar | None = None
 
 
@@ -112,6 +112,7 @@ class Job:
     open: int                                     # answers that are not finished
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logps: list[float | None] = field(default_factory=list)
+    prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -123,13 +124,13 @@ class Answer:
     chooser: Chooser
     matcher: Matcher | None = None
     guess: list[int] = field(default_factory=list)        # what the drafter expects next
-    index: dict[tuple[int, ...], int] = field(default_factory=dict)      # what was said before: n-gram -> where it ended
+    index: dict[tuple[int, ...], int] = field(default_factory=dict)      # n-gram -> where it ended last
     indexed: int = 0
 
 
 class Engine:
-    """Answers requests with a model. `stop_ids` end an answer [the tokenizer's ends of text and of turn]; `draft_model`
-    guesses ahead with draft="model". UserError for settings that the model cannot have."""
+    """Answers requests with a model. `stop_ids` end an answer [the tokenizer's ends of text and of turn];
+    `draft_model` guesses ahead with draft="model". UserError for settings that the model cannot have."""
 
     def __init__(self, model: LM, tokenizer: Tokenizer | None, config: EngineConfig = EngineConfig(), *,
                  stop_ids: tuple[int, ...] | None = None, draft_model: LM | None = None) -> None:
@@ -154,6 +155,7 @@ class Engine:
         self.runner = Runner(model, self.cache, self.vocab, fused_step(model, self.cache) if config.fused else None)
         self.drafter.attach(self)
         self.jobs: dict[int, Job] = {}
+        self.failed: dict[int, UserError] = {}
         self.ids = itertools.count()
         self.counts, self.version = Stats(), 0
 
@@ -185,7 +187,8 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ what is asked
 
     def submit(self, request: Request) -> int:
-        """Put a request in line and return its number. UserError if it cannot be answered, QueueFull if too many wait."""
+        """Put a request in line and return its number. UserError if it cannot be answered, QueueFull if too many wait.
+        """
         if len(self.scheduler.waiting) >= self.config.max_queue:
             raise QueueFull(f"{self.config.max_queue} requests are waiting already; try again later")
         self.check(request)
@@ -206,6 +209,8 @@ class Engine:
         for name in ("max_new", "n"):
             if getattr(request, name) < 1:
                 raise UserError(f"{name}={getattr(request, name)} must be at least 1")
+        if request.top_logps < 0:
+            raise UserError(f"top_logps={request.top_logps} must be at least 0")
         if request.n > self.config.max_seqs:
             raise UserError(f"n={request.n} answers to one prompt are more than the {self.config.max_seqs} that are "
                             "written at once; ask for fewer, or raise max_seqs")
@@ -231,6 +236,15 @@ class Engine:
             for sequence in job.sequences:
                 self.scheduler.remove(sequence)
 
+    def fail(self, job: Job, error: UserError) -> None:
+        """Give up one request. If its numbers overflowed, all that nobody holds is forgotten, for they lie there."""
+        self.cancel(job.id)
+        self.failed[job.id] = error
+        if isinstance(error, NotFinite):
+            for kind, blocks in enumerate(self.kinds):
+                blocks.forget_all(blocks.idle)
+                self.cache.clear_blocks(kind, [0, *blocks.idle])
+
     @property
     def busy(self) -> bool:
         return bool(self.jobs)
@@ -239,7 +253,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Token]]:
-        """One pass: (number of the request, token) for every answer that goes on, several with speculation."""
+        """One pass: (number of the request, token) for every answer that goes on, several with speculation. Requests
+        that could not go on are in `failed`, with the reason, until somebody takes them out."""
         if not self.jobs:
             return []
         for sequence in self.scheduler.running:
@@ -284,19 +299,26 @@ class Engine:
         verified = [(sequence, work) for sequence, work, _ in writing if work.drafts]
         self.counts.drafted += sum(len(work.drafts) for _, work in verified)
         accepted = {id(sequence): 0 for sequence, _ in verified}
-        while going:
+        while going := [one for one in going if one[0].alive and self.may_go_on(one[0].owner)]:
             index = [at + ahead for _, _, at, ahead in going]
             hidden = passed.hidden if index == list(range(len(passed.hidden))) else passed.hidden[index]
             logits = self.runner.head(hidden)                                     # (R, V)
             answers = [sequence.owner for sequence, *_ in going]
-            for answer in answers:
-                answer.chooser.allowed = self.allowed(answer)
-            choice = choose(logits, [answer.chooser for answer in answers])
+            try:
+                choice = choose(logits, [answer.chooser for answer in answers])
+            except NotFinite as error:
+                for job in {answers[i].job for i in error.rows}:
+                    self.fail(job, error)
+                continue
             tops = top_logps(logits, [answer.job.request.top_logps for answer in answers])
             further = []
             for (sequence, work, at, ahead), id_, logp, sampled, top in zip(
                     going, choice.ids.tolist(), choice.logps.tolist(), choice.sampled_logps.tolist(), tops):
+                if not sequence.alive:            # another answer to its prompt has failed
+                    continue
                 token = self.push(sequence, id_, logp, sampled, top)
+                if token is None:
+                    continue
                 out.append((sequence.owner.job.id, token))
                 right = ahead < len(work.drafts) and work.drafts[ahead] == id_
                 if work.drafts:
@@ -309,18 +331,30 @@ class Engine:
             if sequence.alive:
                 self.scheduler.computed(sequence, work.count + accepted[id(sequence)])
 
-    def push(self, sequence: Sequence, id: int, logp: float, sampled_logp: float, top: tuple) -> Token:
-        """Append a token to an answer; finish the answer if it is the last."""
+    def may_go_on(self, answer: Answer) -> bool:
+        """Ask the answer's grammar what may follow; if nothing, the request has failed."""
+        try:
+            answer.chooser.allowed = self.allowed(answer)
+        except UserError as error:
+            self.fail(answer.job, error)
+        return answer.job.id in self.jobs
+
+    def push(self, sequence: Sequence, id: int, logp: float, sampled_logp: float, top: tuple) -> Token | None:
+        """Append a token to an answer; finish the answer if it is the last. None if its grammar refuses the token."""
         answer, more = sequence.owner, {}
         job = answer.job
         if not answer.row.count:
             more["cached"] = sequence.cached
             self.counts.cached_tokens += sequence.cached * (answer.row.index == 0)
             if job.request.prompt_logps:
-                more["prompt_logps"] = (None, *job.prompt_logps)
+                more["prompt_logps"], more["prompt_top"] = (None, *job.prompt_logps), ((), *job.prompt_top)
         end = False
         if answer.matcher is not None and id not in answer.row.stop_ids:
-            answer.matcher.advance(id)
+            try:
+                answer.matcher.advance(id)
+            except UserError as error:
+                self.fail(job, error)
+                return None
             end = answer.matcher.done
         sequence.ids.append(id)
         answer.chooser.chose(id)
@@ -357,6 +391,7 @@ class Engine:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         targets = torch.tensor(prompt[first + 1:end + 1], device=wide.device)
         job.prompt_logps += wide.gather(1, targets[:, None])[:, 0].tolist()
+        job.prompt_top += top_logps(logits, [job.request.top_logps] * len(logits))
 
     def generate(self, requests: list[Request], on_token: Callable[[int, Token], None] | None = None
                  ) -> list[list[Completion]]:
@@ -372,16 +407,17 @@ class Engine:
         """(index of the request, token) until all requests are answered; who stops listening cancels the rest."""
         for request in requests:
             self.check(request)
-        waiting, index = iter(enumerate(requests)), {}
+        waiting, index = deque(enumerate(requests)), {}
         try:
-            while True:
-                while len(self.scheduler.waiting) < self.config.max_queue and (item := next(waiting, None)):
-                    index[self.submit(item[1])] = item[0]
-                if not any(id in self.jobs for id in index):
-                    return
+            while waiting or any(id in self.jobs for id in index):
+                while waiting and len(self.scheduler.waiting) < self.config.max_queue:
+                    i, request = waiting.popleft()
+                    index[self.submit(request)] = i
                 for id, token in self.step():
                     if id in index:
                         yield index[id], token
+                for id in index.keys() & self.failed.keys():
+                    raise self.failed.pop(id)
         finally:
             for id in index:
                 self.cancel(id)
@@ -411,6 +447,10 @@ class Engine:
         for name, mine in self.model.state_dict().items():
             if mine is not theirs[name]:
                 mine.copy_(theirs[name])
+        for job in self.jobs.values():            # nobody has been told yet what the old ones think of a prompt
+            if not job.sequences[0].owner.row.count:
+                job.prompt_logps.clear()
+                job.prompt_top.clear()
         self.version += 1
         self.runner.refresh()
         self.scheduler.new_weights(self.version.to_bytes(8, "little"))

@@ -91,6 +91,16 @@ class PagedCache:
                     for pool in layer.values():
                         pool.copy(source, target)
 
+    def clear_blocks(self, kind: int, numbers: list[int]) -> None:
+        """Forget what lies in blocks: a NaN does harm where it is hidden, too, since zero times NaN is NaN."""
+        index = torch.tensor(numbers, device=self.device)
+        for spec, layer in zip(self.specs, self.pools):
+            if spec.window == self.windows[kind]:
+                for pool in layer.values():
+                    for x in (pool.blocks, pool.scales):
+                        if x is not None:
+                            x[index] = 0
+
     def copy_slot(self, source: int, target: int) -> None:
         for layer in self.sequences:
             for x in layer.values():
@@ -128,7 +138,8 @@ class Pages:
             start = 0 if window is None else max(first - window + 1, 0) // size
             end = int(last.max()) // size + 1
             blocks = table[:, start:end]                                          # (B, n)
-            self.read[window] = blocks.flatten()
+            own = blocks.amax(1, keepdim=True)                                    # nobody reads what pads have written
+            self.read[window] = torch.where(blocks == 0, own, blocks).flatten()
             at = torch.arange(start * size, end * size, device=table.device).expand(B, -1)   # (B, S)
             hidden = (at > last) | (blocks == 0).repeat_interleave(size, dim=1)
             keys[window] = at.masked_fill(hidden, NOWHERE)

@@ -36,6 +36,7 @@ class Token:
     sampled_logp: float | None = None
     top: tuple[tuple[int, float], ...] = ()       # the likeliest ids and their log-probabilities under the model
     prompt_logps: tuple[float | None, ...] | None = None      # nothing is said of the first token
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()      # what would have been likeliest there
     cached: int = 0                               # with the first token: how much of the prompt was in the cache
 
 

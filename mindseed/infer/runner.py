@@ -1,8 +1,8 @@
 """One forward pass over the rows of a plan.
 
-Rows that decode have one token each and go through the model together. Rows that read have chunks of many lengths; those
-of about the same length go together, padded at the end with tokens that nobody sees. On a CPU a layer's weights are read
-once for each such group, which costs less than padding the short to the long.
+Rows that decode have one token each and go through the model together. Rows that read have chunks of many lengths;
+those of about the same length go together, padded at the end with tokens that nobody sees. On a CPU a layer's weights
+are read once for each such group, which costs less than padding the short to the long.
 """
 from __future__ import annotations
 

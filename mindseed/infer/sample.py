@@ -129,6 +129,14 @@ class Chooser:
             self.seen.add(id)
 
 
+class NotFinite(UserError):
+    """Rows with logits that are no numbers."""
+
+    def __init__(self, rows: list[int]) -> None:
+        super().__init__("the model's logits are not finite: its weights are damaged, or too large for this dtype")
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Choice:
     ids: Tensor                                   # (B,)
@@ -137,11 +145,11 @@ class Choice:
 
 
 def choose(logits: Tensor, rows: list[Chooser]) -> Choice:
-    """The next token of every row of logits (B, V). Changes nothing: tell a row by `chose`."""
+    """The next token of every row of logits (B, V). Changes nothing: tell a row by `chose`. Raises NotFinite."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     whole = wide.logsumexp(-1)                                                    # (B,)
-    if not torch.isfinite(whole).all():
-        raise UserError("the model's logits are not finite: its weights are damaged, or too large for this dtype")
+    if not (finite := torch.isfinite(whole)).all():
+        raise NotFinite((~finite).nonzero()[:, 0].tolist())
     groups: dict[Sampling, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.sampling, []).append(i)

@@ -42,6 +42,7 @@ class Sequence:
     drafted: int = 0                     # how many of its ids a draft model has read
     guesses: int = 0                     # how many guesses it would like to verify with the next token
     preempted: int = 0
+    running: bool = False
     alive: bool = True
 
     @property
@@ -99,9 +100,8 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """It is finished or cancelled: what it holds is free at once."""
         sequence.alive = False
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self.release(sequence)
+        if sequence.running:
+            self.stop(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
             heapq.heapify(self.waiting)
@@ -112,15 +112,23 @@ class Scheduler:
         sequence.forks -= 1
         self.arrivals += 1
         twin = Sequence(ids=list(sequence.ids), priority=sequence.priority, arrival=self.arrivals,
-                        computed=sequence.computed, drafted=sequence.drafted, cached=sequence.cached, names=list(sequence.names),
-                        tables=[list(table) for table in sequence.tables], owner=sequence.owner, reuse=sequence.reuse)
+                        computed=sequence.computed, drafted=sequence.drafted, cached=sequence.cached,
+                        names=list(sequence.names), tables=[list(table) for table in sequence.tables],
+                        owner=sequence.owner, reuse=sequence.reuse)
         for blocks, table in zip(self.kinds, twin.tables):
             for block in filter(None, table):
                 blocks.hold(block)
         if self.free_slots is not None:
             twin.slot = self.free_slots.pop()
+        twin.running = True
         self.running.append(twin)
         return twin
+
+    def stop(self, sequence: Sequence) -> None:
+        """Off the running ones, and what it holds is free."""
+        self.running.remove(sequence)
+        sequence.running = False
+        self.release(sequence)
 
     def release(self, sequence: Sequence) -> None:
         for blocks, table in zip(self.kinds, sequence.tables):
@@ -133,8 +141,7 @@ class Scheduler:
             sequence.slot = None
 
     def preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.release(sequence)
+        self.stop(sequence)
         self.preemptions += 1
         sequence.preempted += 1
         heapq.heappush(self.waiting, sequence)
@@ -146,7 +153,7 @@ class Scheduler:
         plan, budget, before = Plan(), self.chunk, self.preemptions
         self.running.sort()
         for sequence in list(self.running):
-            if sequence not in self.running:
+            if not sequence.running:
                 continue                          # preempted for one that comes before it
             left = len(sequence.ids) - sequence.computed
             count = left if left == 1 else min(left, budget)
@@ -171,6 +178,7 @@ class Scheduler:
                 return
             heapq.heappop(self.waiting)
             self.running.append(sequence)
+            sequence.running = True
             if self.free_slots is not None:
                 sequence.slot = self.free_slots.pop()
                 plan.fresh.append(sequence.slot)

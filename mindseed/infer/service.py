@@ -23,7 +23,7 @@ Line = tuple[asyncio.AbstractEventLoop, asyncio.Queue]     # where the tokens of
 
 
 class EngineDead(RuntimeError):
-    """The engine's thread ended by a fault of ours; the server must be started again."""
+    """The engine's thread was closed, or ended by a fault of ours; the server must be started again."""
 
 
 class Service:
@@ -34,7 +34,7 @@ class Service:
         self.error: BaseException | None = None
         self.inbox: queue.SimpleQueue[tuple[Callable[..., Any], Future]] = queue.SimpleQueue()
         self.lines: dict[int, Line] = {}
-        self.closing = False
+        self.draining = self.closing = self.ended = False
         self.seen = engine.stats()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
@@ -74,17 +74,14 @@ class Service:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Future:
         """Have the engine's thread call a function between two passes."""
         future: Future = Future()
-        if self.error is not None or self.closing and not self.thread.is_alive():
-            future.set_exception(EngineDead(f"the engine has stopped: {self.error or 'it was closed'}"))
-            return future
         self.inbox.put((lambda: function(*arguments), future))
-        if not self.thread.is_alive():            # it ended meanwhile, and reads no more
+        if self.ended:                            # else the thread will look once more before it leaves
             self.read_inbox(wait=False, refuse=True)
         return future
 
     def close(self, *, drain_s: float = 0.0) -> None:
         """Take no more requests, wait at most so long for those that are running, cancel the rest, end the thread."""
-        deadline = time.monotonic() + drain_s
+        self.draining, deadline = True, time.monotonic() + drain_s
         while self.engine.busy and self.error is None and time.monotonic() < deadline:
             time.sleep(0.02)
         self.closing = True
@@ -99,12 +96,16 @@ class Service:
                 self.read_inbox(wait=not self.engine.busy)
                 if self.engine.busy and not self.closing:
                     self.pass_once()
+            self.cancel_all()
         except BaseException as error:            # a fault of ours: nobody may wait for ever
             self.error = error
         finally:
-            self.closing = True
-            self.fail_all(EngineDead(f"the engine has stopped: {self.error or 'it was closed'}"))
+            self.draining = self.closing = self.ended = True
+            self.fail_all(self.farewell())
             self.read_inbox(wait=False, refuse=True)
+
+    def farewell(self) -> EngineDead:
+        return EngineDead(f"the engine has stopped: {'it was closed' if self.error is None else repr(self.error)}")
 
     def read_inbox(self, *, wait: bool, refuse: bool = False) -> None:
         """Answer all letters that are there; `wait` for one."""
@@ -117,7 +118,7 @@ class Service:
             if not future.set_running_or_notify_cancel():
                 continue
             if refuse:
-                future.set_exception(EngineDead(f"the engine has stopped: {self.error or 'it was closed'}"))
+                future.set_exception(self.farewell())
                 continue
             try:
                 future.set_result(function())
@@ -127,6 +128,8 @@ class Service:
             self.seen = self.engine.stats()
 
     def begin(self, request: Request, line: Line) -> int:
+        if self.draining:
+            raise EngineDead("the engine is about to stop and takes no more requests")
         number = self.engine.submit(request)
         self.lines[number] = line
         return number
@@ -138,9 +141,9 @@ class Service:
     def pass_once(self) -> None:
         try:
             tokens = self.engine.step()
-        except UserError as error:                # damaged weights: these requests fail, the thread lives
-            for number in list(self.engine.jobs):
-                self.engine.cancel(number)
+        except UserError as error:                # these requests fail, the thread lives
+            self.cancel_all()
+            self.seen = self.engine.stats()
             self.fail_all(error)
             return
         self.seen = self.engine.stats()
@@ -149,10 +152,21 @@ class Service:
             if number in self.lines:
                 loop, line = self.lines[number]
                 posts.setdefault(loop, []).append((line, token))
+        for number, error in self.engine.failed.items():
+            if number in self.lines:
+                loop, line = self.lines.pop(number)
+                posts.setdefault(loop, []).append((line, error))
+        self.engine.failed.clear()
         for number in {number for number, token in tokens if token.finish and number not in self.engine.jobs}:
             self.lines.pop(number, None)
         for loop, items in posts.items():
-            post(loop, items)
+            if not post(loop, items):             # nobody is left to listen
+                for number in [number for number, (where, _) in self.lines.items() if where is loop]:
+                    self.end(number)
+
+    def cancel_all(self) -> None:
+        for number in list(self.engine.jobs):
+            self.engine.cancel(number)
 
     def fail_all(self, error: BaseException) -> None:
         lines, self.lines = self.lines, {}
@@ -160,8 +174,8 @@ class Service:
             post(loop, [(line, error)])
 
 
-def post(loop: asyncio.AbstractEventLoop, items: list[tuple[asyncio.Queue, Any]]) -> None:
-    """Put items into queues that belong to a loop; a loop that is gone listens no more."""
+def post(loop: asyncio.AbstractEventLoop, items: list[tuple[asyncio.Queue, Any]]) -> bool:
+    """Put items into queues that belong to a loop; False if that has been closed."""
     def deliver() -> None:
         for line, item in items:
             line.put_nowait(item)
@@ -169,4 +183,5 @@ def post(loop: asyncio.AbstractEventLoop, items: list[tuple[asyncio.Queue, Any]]
     try:
         loop.call_soon_threadsafe(deliver)
     except RuntimeError:
-        pass
+        return False
+    return True

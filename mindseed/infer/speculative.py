@@ -8,15 +8,15 @@ guesses gives three tokens for the price of one. Three ways to guess:
     model    a smaller model with the same tokenizer, which writes ahead
     mtp      the model's own modules for further tokens (models/mtp.py), which read its hidden vectors
 
-What is accepted is decided in the engine by one comparison: the token that the model draws at a place, with the noise of
-that place (sample.py), is the guess or it is not. So guessing never changes an answer, greedy or sampled, and no rule
-of rejection is needed: drafts that draw from their own distribution with the same noise agree with the model as often
-as at least (1 - d) / (1 + d), d being the distance of the two distributions in total variation (2408.07978).
+What is accepted is decided in the engine by one comparison: the token that the model draws at a place, with the noise
+of that place (sample.py), is the guess or it is not. So guessing never changes an answer, greedy or sampled, and no
+rule of rejection is needed: drafts that draw from their own distribution with the same noise agree with the model at
+least as often as (1 - d) / (1 + d), d being the distance of the two distributions in total variation (2408.07978).
 """
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -29,21 +29,21 @@ from mindseed.infer.scheduler import Plan, Sequence, Work
 from mindseed.models.lm import LM
 from mindseed.nn.attend import Layout
 
-if TYPE_CHECKING:
-    from mindseed.infer.engine import Engine
-
 NGRAMS = (4, 3, 2)                                # how many of the last tokens are looked for, the longest first
 
 
 def drafter_of(kind: str, tokens: int, model: LM, draft_model: LM | None) -> Drafter:
     """The drafter that a configuration asks for. UserError if the model cannot have it."""
+    if draft_model is not None and kind != "model":
+        raise UserError(f'a draft model was given, but draft="{kind}"; say draft="model" to use it')
     if kind == "none":
-        if draft_model is not None:
-            raise UserError('a draft model was given, but draft="none"; say draft="model" to use it')
         return Drafter(0)
     for name, one in (("the model", model), ("the draft model", draft_model)):
         if one is not None and any(spec.per_seq for spec in one.state_specs()):
             raise UserError(f"{name} has linear attention, whose memory cannot take back a wrong guess; use draft=none")
+        ropes = [] if one is None else [getattr(layer.mixer, "rope", None) for layer in one.config.layers]
+        if any(rope is not None and rope.depends_on_length for rope in ropes):
+            raise UserError(f"{name} has dynamic rope scaling: a guess would change all angles; use draft=none")
     if kind == "mtp":
         if not model.mtp:
             raise UserError("the model has no modules for further tokens (model.mtp), so it cannot draft by itself; "
@@ -61,13 +61,13 @@ class Drafter:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self.engine: Engine | None = None
+        self.engine: Any = None                   # the one that it is attached to, which imports this file
 
     def own_specs(self) -> list[StateSpec]:
         """What it keeps in the model's own cache, in further layers."""
         return []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
         self.engine = engine
 
     def room(self, sequence: Sequence) -> int:
@@ -123,7 +123,7 @@ class ModelDrafter(Drafter):
         super().__init__(tokens)
         self.model = model.eval()
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Any) -> None:
         super().attach(engine)
         if self.model.config.vocab_size < engine.vocab:
             raise UserError(f"the draft model has {self.model.config.vocab_size} tokens and the model {engine.vocab}; "
@@ -138,12 +138,8 @@ class ModelDrafter(Drafter):
 
     def guess(self, plan: Plan) -> None:
         self.cache.copy_blocks(plan.copies)
-        behind = [Work(w.sequence, w.sequence.drafted, w.start + w.count - w.sequence.drafted) for w in plan.work
-                  if w.guesses or w.count > 1 or not w.sequence.owner.row.count]
-        behind = [w for w in behind if w.count > 0]
-        if not behind:
-            return
-        passed = self.runner.run(behind)
+        behind = [Work(w.sequence, w.sequence.drafted, w.start + w.count - w.sequence.drafted) for w in plan.work]
+        passed = self.runner.run(behind)          # whoever guesses or not: the blocks may come to be somebody else's
         for w in behind:
             w.sequence.drafted = w.start + w.count
         last = {id(w.sequence): at + w.count - 1 for w, at in zip(behind, passed.offsets)}
@@ -174,7 +170,7 @@ def drawn(runner: Runner, work: list[Work], hidden: torch.Tensor, ahead: int) ->
     if not work:
         return []
     rows = [replace(w.sequence.owner.chooser, allowed=None, step=w.sequence.owner.chooser.step + ahead) for w in work]
-    return choose(runner.head(hidden), rows).ids.tolist()
+    return choose(runner.head(hidden).nan_to_num(), rows).ids.tolist()            # a bad guess is no reason to stop
 
 
 class MTPDrafter(Drafter):
