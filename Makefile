@@ -14,13 +14,16 @@ LIMIT := $(VENV)/constraints.txt
 READY := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser bench bench-llamacpp parity-llamacpp clean env
+.PHONY: help demo studio test browser bench bench-llamacpp parity-llamacpp clean env
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env  ## grow a chat model from nothing on embedded data (ARGS="--help" for its options)
 	@$(BIN)/mindseed demo $(ARGS)
+
+studio: $(VENV)/.ui  ## the studio in the browser, with the models and runs under runs/ (ARGS="--help" for its options)
+	@$(BIN)/mindseed ui $(ARGS)
 
 test: $(VENV)/.test  ## the whole test suite (ARGS="-m parity" for a part of it)
 	@$(BIN)/python -m pytest $(ARGS)
@@ -74,6 +77,11 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.core
 	@echo "[+] what the tests need: pytest, hypothesis, transformers, pyarrow, zstandard, the server and its clients, the studio"
 	@$(PIP) --constraint $(LIMIT) --editable ".[test,parity,parquet,zstd,serve,ui]"
+	@touch $@
+
+$(VENV)/.ui: $(VENV)/.core
+	@echo "[+] what the studio needs: streamlit, the server"
+	@$(PIP) --constraint $(LIMIT) --editable ".[ui]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.core

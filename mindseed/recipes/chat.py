@@ -54,8 +54,9 @@ class Options(AnswerOptions):
 def main(options: Options) -> int:
     loaded = options.load("chat")
     warn_of_foreign_chat(loaded, options.model)
-    talk = Conversation(loaded, options.sampling(loaded), engine=options.engine(loaded, max_seqs=1), max_new=options.max_new, stop=options.stop,
-                        system=options.system, thinking=THINKING[options.think])
+    talk = Conversation(loaded, options.sampling(loaded), engine=options.engine(loaded, max_seqs=1),
+                        max_new=options.max_new, stop=options.stop, system=options.system,
+                        thinking=THINKING[options.think])
     if options.prompt is not None:
         show_plain(talk.ask(options.prompt))
     elif sys.stdin.isatty():

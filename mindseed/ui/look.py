@@ -1,0 +1,150 @@
+"""How the studio looks: colours, the seedling, page heads, empty states and the manners of its charts.
+
+Streamlit's own theme (theme.toml) does most of it. What is here serves both a light and a dark page: colours of data
+are chosen by the theme in use, and the few rules of CSS name none of their own.
+"""
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import streamlit as st
+
+THEME = Path(__file__).with_name("theme.toml")
+LIGHT = ("#2563a8", "#d08a1e", "#1f8a5b", "#8a4fb8", "#c2445f", "#16838c", "#77701d", "#7c8590")
+DARK = ("#68a6ec", "#e9ad4b", "#55c08d", "#b98ae0", "#ec8298", "#4cbcc5", "#bdb455", "#9aa3ad")
+HEAT = {"light": ("#f6f4ee", "#a9d8bf", "#3f9f74", "#0f5c3a"), "dark": ("#1a1f24", "#1f5a41", "#3fae7a", "#c9f5de")}
+
+SEEDLING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 48 48" width="48" height="48" fill="none">
+<path d="M24 41V23" stroke="#1f8a5b" stroke-width="3.2" stroke-linecap="round"/>
+<path d="M24 27C10 28 5 19 5 9c13-1 20 6 19 18Z" fill="#55c08d"/>
+<path d="M24 24c-1-12 6-18 19-17 1 11-6 18-19 17Z" fill="#1f8a5b"/>
+<path d="M24 27C21 20 16 15 10 13M24 24c3-6 8-10 14-12" stroke="#fff" stroke-opacity=".55" stroke-width="1.5"
+ stroke-linecap="round"/>
+<path d="M10 43.2c4-3.6 24-3.6 28 0" stroke="#a0703c" stroke-width="3.2" stroke-linecap="round"/>
+</svg>"""
+
+NAME = """M58 33V19M58 24.5a5.2 5.2 0 0 1 10.4 0V33M68.4 24.5a5.2 5.2 0 0 1 10.4 0V33 M86.3 19V33
+M93.8 33V19M93.8 25a5.8 5.8 0 0 1 11.6 0V33 M126 26a7 7 0 1 1-14 0 7 7 0 1 1 14 0M126 9V33
+M141.6 21.2c-1-1.5-2.6-2.2-4.3-2.2-2.6 0-4.3 1.4-4.3 3.4 0 5 9.1 2.2 9.1 7.2 0 2.2-2 3.6-4.6 3.6-2.1 0-3.9-.9-4.9-2.5
+M148.6 26H162.4M162.4 25.8a6.9 6.9 0 1 0-2.5 5.4 M168.8 26H182.6M182.6 25.8a6.9 6.9 0 1 0-2.5 5.4
+M203 26a7 7 0 1 1-14 0 7 7 0 1 1 14 0M203 9V33"""         # the letters, one after the other, as strokes
+ICON = "data:image/svg+xml;base64," + base64.b64encode(SEEDLING.encode()).decode()
+
+CSS = """<style>
+.stMainBlockContainer { padding: 3.2rem 3rem 3rem }
+.stApp h1 { padding-top: 0; letter-spacing: -.015em }
+[data-testid="stSidebarLogo"] { height: 2.2rem; margin: 0 }
+[data-testid="stBottomBlockContainer"] { padding-left: 3rem; padding-right: 3rem }
+[data-testid="stChatMessage"]:has([aria-label="Chat message from user"]) {
+  background: color-mix(in srgb, currentColor 5%, transparent); padding-top: .6rem; padding-bottom: .6rem }
+[data-testid="stChatMessage"] .stText { padding-top: .2rem }
+[data-testid="stSidebarUserContent"] { padding-bottom: 1.5rem }
+[class*="st-key-conversation_"] button, [class*="st-key-here_"] button { justify-content: flex-start; text-align: left;
+  min-height: 2.1rem; padding: .2rem .6rem }
+[class*="st-key-conversation_"] button p, [class*="st-key-here_"] button p { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap }
+[class*="st-key-conversation_"] button > div, [class*="st-key-here_"] button > div { min-width: 0; max-width: 100%;
+  justify-content: flex-start }
+[class*="st-key-here_"] button { background: color-mix(in srgb, currentColor 9%, transparent); font-weight: 600 }
+[class*="st-key-actions_"] { opacity: .62; transition: opacity .15s }
+[class*="st-key-actions_"]:hover, [class*="st-key-actions_"]:focus-within { opacity: 1 }
+[class*="st-key-actions_"] button { min-height: 1.7rem; padding: 0 .35rem }
+.seed-head { display: flex; align-items: baseline; gap: .8rem; flex-wrap: wrap }
+.seed-soft { opacity: .68 }
+.seed-empty { text-align: center; padding: 3.2rem 1rem 1.4rem; max-width: 46rem; margin: 0 auto }
+.seed-empty img { width: 72px; height: 72px }
+.seed-empty h3 { margin: .6rem 0 .2rem; padding: 0; font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em }
+.seed-empty p { opacity: .72; margin: .2rem auto; line-height: 1.55 }
+.seed-empty code { font-size: .85em; padding: .15em .4em; border-radius: 6px;
+  background: color-mix(in srgb, currentColor 9%, transparent) }
+.seed-tokens { line-height: 2.15; overflow-wrap: anywhere; font-size: 1.02rem; padding: .9rem 1rem; border-radius: 10px;
+  border: 1px solid color-mix(in srgb, currentColor 14%, transparent) }
+.seed-token { padding: .22em .06em; border-radius: 4px; margin-right: 1px; white-space: pre-wrap; cursor: default;
+  background: color-mix(in srgb, var(--c) 27%, transparent); box-decoration-break: clone;
+  -webkit-box-decoration-break: clone }
+.seed-token:hover { background: color-mix(in srgb, var(--c) 60%, transparent) }
+.seed-token i { font-style: normal; opacity: .45 }
+.seed-token.raw, .seed-token.special { font-family: "Source Code Pro", ui-monospace, monospace; font-size: .82em }
+.seed-token.special { outline: 1.5px solid color-mix(in srgb, var(--c) 75%, transparent); outline-offset: -1px }
+.seed-token.new { outline: 2px solid var(--c) }
+.seed-step { display: flex; gap: .8rem; align-items: baseline; padding: .14rem 0; flex-wrap: wrap }
+.seed-step b { font-weight: 500; opacity: .62; min-width: 7.5rem; font-size: .86rem;
+  font-variant-numeric: tabular-nums }
+.seed-caption { font-size: .8rem; opacity: .6; font-variant-numeric: tabular-nums }
+.seed-word { font-size: .78rem; font-weight: 500; padding: .1em .55em; border-radius: 1em; margin-left: .5em;
+  background: color-mix(in srgb, var(--c) 20%, transparent) }
+.seed-dot { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .45em }
+[data-testid="stImage"] img { image-rendering: pixelated; border-radius: 6px }
+[data-testid="stMetric"] { padding: 0 }
+[data-testid="stMetricLabel"] { opacity: .7 }
+</style>"""
+NARROW = """<style>
+.stMainBlockContainer, [data-testid="stBottomBlockContainer"] { max-width: 56rem }
+</style>"""
+
+
+def is_dark() -> bool:
+    return st.context.theme.type == "dark"
+
+
+def colours() -> tuple[str, ...]:
+    """Of categories, for the page as it is now."""
+    return DARK if is_dark() else LIGHT
+
+
+def heat() -> list[str]:
+    """From nothing to much."""
+    return list(HEAT["dark" if is_dark() else "light"])
+
+
+def logo() -> str:
+    """The seedling and the name, in the ink of the page."""
+    ink, inside = "#e6e8eb" if is_dark() else "#1d2126", SEEDLING.split(">", 1)[1].removesuffix("</svg>")
+    dot = f'<circle cx="86.3" cy="12.2" r="2.3" fill="{ink}"/>'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 206 48" width="206" height="48" fill="none">{inside}'
+            f'<path d="{" ".join(NAME.split())}" stroke="{ink}" stroke-width="3.3" stroke-linecap="round" '
+            f'stroke-linejoin="round"/>{dot}</svg>')
+
+
+def head(title: str, what: str) -> None:
+    """The title of a page and what it is for."""
+    st.html(f'<div class="seed-head"><h1 style="font-size:1.7rem;margin:0;padding:0">{html.escape(title)}</h1>'
+            f'<span class="seed-soft">{html.escape(what)}</span></div>')
+
+
+def empty(title: str, *lines: str) -> None:
+    """What stands on a page that has nothing to show; text in `backticks` is set as code."""
+    paragraphs = "".join(f"<p>{with_code(line)}</p>" for line in lines)
+    st.html(f'<div class="seed-empty"><img src="{ICON}" alt=""/><h3>{html.escape(title)}</h3>{paragraphs}</div>')
+
+
+def with_code(text: str) -> str:
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+
+
+def plain(text: str) -> str:
+    """Markdown of a text in which nothing is Markdown."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>#$:~!|" else c for c in text)
+
+
+def shown(text: str) -> str:
+    """A model's words as Markdown. Pictures become links, since to load one would tell its host that it was shown;
+    amounts of dollars stay what they are and do not become formulas."""
+    text = text.replace("![", "\\![")
+    return "".join(f"\\{c}" if c == "$" and text[i + 1:i + 2].isdigit() else c for i, c in enumerate(text))
+
+
+def chart(layers: Any, *, height: int = 230, **kwargs: Any) -> None:
+    """Draw with the manners of all our charts: no frame, thin grid, axes that do not shout."""
+    layers = layers.properties(height=height).configure_view(strokeWidth=0).configure_axis(
+        labelFontSize=11, titleFontSize=11, titleFontWeight="normal", domain=False, ticks=False, labelPadding=6)
+    st.altair_chart(layers, width="stretch", **kwargs)
+
+
+def heatmap_scale(low: float, high: float) -> alt.Scale:
+    return alt.Scale(domain=[low, high], range=heat(), interpolate="rgb", clamp=True)
