@@ -49,9 +49,9 @@ def main(rounds: int = 3) -> None:
     report(NAME, "Speculative decoding on the embedded world", [
         "what", "guesses by", "tokens per pass", "accepted", "tokens/s, against none"], rows,
         command="python -m benchmarks speculation",
-        notes=f"2M parameters, greedy, one sequence at a time, four guesses at most; {QUESTIONS} held-out questions and "
-              f"{TEXTS} beginnings of texts, {NEW} new tokens at most. The draft has a tenth of the parameters. Every "
-              "answer is the same with and without guesses. Passes that read a prompt are counted as passes.")
+        notes=f"2M parameters, greedy, one sequence at a time, four guesses at most; {QUESTIONS} held-out questions "
+              f"and {TEXTS} beginnings of texts, {NEW} new tokens at most. The draft has a tenth of the parameters. "
+              "Every answer is the same with and without guesses. Passes that read a prompt are counted as passes.")
 
 
 def grown(name: str) -> Loaded:

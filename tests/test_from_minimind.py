@@ -211,7 +211,7 @@ def test_a_recipe_of_there_is_translated(capsys):
     for there, here in {"sft": "train", "pretrain": "train", "train_full_sft": "train", "eval_llm": "chat"}.items():
         assert cli.main([there]) == 2
         assert f"{there!r} is not a recipe; here it is called {here}\n" in capsys.readouterr().err
-    for there in ("serve", "dpo", "lora", "eval"):
+    for there in ("dpo", "lora", "eval"):
         assert cli.main([there, "--x"]) == 2
         said = capsys.readouterr().err
         assert "did you mean" not in said and all(name in said for name in cli.RECIPES)
@@ -244,4 +244,4 @@ def test_the_chinese_page_says_the_same():
 def test_what_is_missing_is_not_here():
     """When one of these comes, the page must say so."""
     assert all("not yet" in here for _, here in rows_of("Not yet"))
-    assert not {"lora", "dpo", "serve", "ui", "distill", "rl"} & set(cli.RECIPES)
+    assert not {"lora", "dpo", "distill", "rl"} & set(cli.RECIPES)

@@ -6,14 +6,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mindseed.base.errors import UserError
-from mindseed.infer.generate import Row, generate, generate_uncached, stream
+from mindseed.infer.generate import generate, generate_uncached, stream
+from mindseed.infer.rows import Row
 from mindseed.infer.sample import Sampling
-from mindseed.infer.state import Cache
 from mindseed.models.lm import build
 from mindseed.models.presets import Shape
 from mindseed.tokenizers.bpe_train import train
 from mindseed.tokenizers.byte import Byte
-from tests.tiny import randomise
+from tests.tiny import pages, randomise, some_rows
 
 SAMPLINGS = {"greedy": Sampling(temperature=0), "greedy, penalty": Sampling(temperature=0, repetition_penalty=1.4),
              "sampled": Sampling(seed=5),
@@ -36,14 +36,16 @@ def model():
 def same(a, b):
     assert [(c.ids, c.text, c.finish) for c in a] == [(c.ids, c.text, c.finish) for c in b]
     for x, y in zip(a, b):
+        assert len(x.logps) == len(x.sampled_logps) == len(x.ids)
         torch.testing.assert_close(torch.tensor(x.logps), torch.tensor(y.logps))
+        torch.testing.assert_close(torch.tensor(x.sampled_logps), torch.tensor(y.sampled_logps))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_cached_equals_uncached(sampling, kv_heads):
     model = byte_model(kv_heads=kv_heads)
-    options = {"sampling": sampling, "max_new": 30, "stop_ids": range(40, 60), "logps": True}
+    options = {"sampling": sampling, "max_new": 30, "stop_ids": range(40, 60)}
     fast, slow = (f(model, Byte(), PROMPTS, **options) for f in (generate, generate_uncached))
     same(fast, slow)
     assert len({len(c.ids) for c in fast}) > 1                         # rows left the batch at different times
@@ -51,8 +53,8 @@ def test_cached_equals_uncached(sampling, kv_heads):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
 def test_a_batch_equals_its_rows_alone(model, sampling):
-    together = generate(model, Byte(), PROMPTS, sampling=sampling, max_new=20, logps=True, seeds=[9, 8, 7, 6])
-    alone = [generate(model, Byte(), [p], sampling=sampling, max_new=20, logps=True, seeds=[s])[0]
+    together = generate(model, Byte(), PROMPTS, sampling=sampling, max_new=20, seeds=[9, 8, 7, 6])
+    alone = [generate(model, Byte(), [p], sampling=sampling, max_new=20, seeds=[s])[0]
              for p, s in zip(PROMPTS, [9, 8, 7, 6])]
     same(together, alone)
 
@@ -69,7 +71,7 @@ def test_many_rows_take_the_transposed_product(dtype):
     """More than eight rows go another way through every matrix; logps must not notice beyond rounding."""
     model = byte_model(dtype=dtype)
     prompts = [[1, *range(40, 42 + i)] for i in range(20)]
-    many = generate(model, Byte(), prompts, max_new=1, logps=True)
+    many = generate(model, Byte(), prompts, max_new=1)
     for prompt, one, i in zip(prompts, many, range(20)):
         ids = torch.tensor([prompt])
         logits = model(ids, torch.arange(len(prompt))[None]).logits()[0, -1].double()   # with gradients: the plain way
@@ -113,10 +115,10 @@ def test_rows_beyond_the_tokenizer_are_never_chosen():
 
 def test_stream_is_what_generate_collects_and_mode_returns(model):
     model.train()
-    tokens = list(stream(model, Byte(), PROMPTS, sampling=Sampling(seed=1), max_new=9, logps=True))
+    tokens = list(stream(model, Byte(), PROMPTS, sampling=Sampling(seed=1), max_new=9))
     assert model.training
     seen = []
-    done = generate(model, Byte(), PROMPTS, sampling=Sampling(seed=1), max_new=9, logps=True, on_token=seen.append)
+    done = generate(model, Byte(), PROMPTS, sampling=Sampling(seed=1), max_new=9, on_token=seen.append)
     assert seen == tokens and model.training
     for row, c in enumerate(done):
         mine = [t for t in tokens if t.row == row]
@@ -207,25 +209,22 @@ def test_half_a_character_at_the_end_is_shown_as_such(model):
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
-def test_cache_grows_without_loss_and_drops_rows(model):
-    specs = model.state_specs()
-    ids = torch.randint(0, 200, (3, 24))
-    positions = torch.arange(24).expand(3, -1)
+def test_rows_of_a_cache_go_on_when_others_leave(model):
+    ids, positions = torch.randint(0, 200, (3, 24)), torch.arange(24).expand(3, -1)
     with torch.inference_mode():
-        small, large = Cache(specs, 3, capacity=2), Cache(specs, 3, capacity=99)
+        small, large = pages(model, 3, 24, block_size=1), pages(model, 3, 99, block_size=16)
         for t in range(23):
-            a, b = (model(ids[:, t:t + 1], positions[:, t:t + 1], c).hidden for c in (small, large))
-            assert torch.equal(a, b)
-        for cache in (small, large):
-            cache.keep(torch.tensor([2, 0]))
-        a, b = (model(ids[[2, 0], 23:], positions[:2, 23:], c).hidden for c in (small, large))
+            a, b = (model(ids[:, t:t + 1], positions[:, t:t + 1], state).hidden for state in (small, large))
+            torch.testing.assert_close(a, b)
+        a, b = (model(ids[[2, 0], 23:], positions[:2, 23:], some_rows(state, [2, 0])).hidden
+                for state in (small, large))
         full = model(ids[[2, 0]], positions[:2]).hidden[:, -1:]
-    assert torch.equal(a, b) and small.slots[None].capacity >= 24
+    torch.testing.assert_close(a, b)
     torch.testing.assert_close(a, full)
 
 
 def test_pads_of_ragged_prompts_stay_finite(model):
     with torch.inference_mode():
-        cache = Cache(model.state_specs(), 2)
-        out = model(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[0, 1, 2], [0, -1, -1]]), cache)
+        state = pages(model, 2)
+        out = model(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([[0, 1, 2], [0, -1, -1]]), state)
     assert out.hidden.isfinite().all()

@@ -10,7 +10,8 @@ import torch
 
 from mindseed.base.errors import UserError
 from mindseed.cli import main
-from mindseed.infer.generate import generate, stream
+from mindseed.infer.engine import Engine
+from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
 from mindseed.interop import convert as conversion
 from mindseed.interop.directory import load_directory, save_directory
@@ -192,9 +193,9 @@ def test_a_model_is_asked_in_its_own_chat_template(folder, capsys, monkeypatch, 
     other = "{{ messages[-1].content }}<|im_end|>{% if enable_thinking %}<think>{% endif %}"
     save_directory(loaded.model, loaded.tokenizer, place, chat_template=other)
     assert load_directory(place).chat_template == other
-    asked, real = [], stream
-    monkeypatch.setattr("mindseed.recipes.chat.stream", lambda model, tokenizer, prompts, **rest: asked.append(
-        tokenizer.decode(prompts[0])) or real(model, tokenizer, prompts, **rest))
+    asked, real = [], Engine.stream
+    monkeypatch.setattr(Engine, "stream", lambda self, requests: asked.append(
+        self.tokenizer.decode(requests[0].prompt)) or real(self, requests))
     code, _, err = run(capsys, monkeypatch, "chat", place, "--prompt", "hi", "--max-new", "3", "--think", "on")
     assert (code, err, asked) == (0, "", ["hi<|im_end|><think>"])
     code, out, err = run(capsys, monkeypatch, "generate", place, "--prompt", "hi", "--max-new", "3", "--mode", "chat")

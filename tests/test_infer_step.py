@@ -4,9 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mindseed.infer.state import Cache
 from mindseed.infer.step import FlatStep, decoding_step
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import VOCAB, pages, tiny_model
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])                        # 20 rows take the transposed products
@@ -19,13 +18,13 @@ def test_equals_the_forward_pass(rows, changes, dtype, close):
     first[-1, 2:] = -1                                              # the last row's prompt is shorter
     positions = torch.tensor([4] * (rows - 1) + [2])[:, None]
     with torch.inference_mode():
-        flat, plain = (Cache(model.state_specs(), rows, capacity=5) for _ in range(2))
-        for cache in (flat, plain):
-            model(ids[:, :4], first, cache)
-        step = decoding_step(model, flat)
+        flat, plain = (pages(model, rows, 12) for _ in range(2))
+        for state in (flat, plain):
+            model(ids[:, :4], first, state)
+        step = decoding_step(model)
         assert isinstance(step, FlatStep)
         for t in range(4, 12):
-            got = step(ids[:, t], positions)
+            got = step(ids[:, t], positions, flat)
             want = model(ids[:, t:t + 1], positions, plain).hidden[:, 0]
             torch.testing.assert_close(got, want, rtol=close, atol=close)
             assert got.dtype == dtype
@@ -42,7 +41,7 @@ def test_a_model_with_other_layers_runs_itself():
         change(model)
         model.double()
         with torch.inference_mode():
-            step = decoding_step(model, Cache(model.state_specs(), 2))
+            step = decoding_step(model)
             assert not isinstance(step, FlatStep)
-            got = step(torch.tensor([5, 6]), torch.tensor([[0], [0]]))
+            got = step(torch.tensor([5, 6]), torch.tensor([[0], [0]]), pages(model, 2))
             torch.testing.assert_close(got, model(torch.tensor([[5], [6]]), torch.tensor([[0], [0]])).hidden[:, 0])

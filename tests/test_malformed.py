@@ -13,7 +13,7 @@ from mindseed.base.errors import UserError
 from mindseed.base.files import misfit, read_json
 from mindseed.base.log import read_jsonl
 from mindseed.cli import main
-from mindseed.infer.sample import Sampler, Sampling
+from mindseed.infer.sample import Chooser, Sampling, choose
 from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.config import config_from_dict, config_to_dict
 from mindseed.models.lm import build
@@ -222,7 +222,7 @@ def test_sampling(made, fails, recipe, words):
 
 def test_logits_that_are_not_finite():
     with pytest.raises(UserError, match="not finite"):
-        Sampler(Sampling(), [[1]], [0], 3)(torch.full((1, 3), torch.nan))
+        choose(torch.full((1, 3), torch.nan), [Chooser.of(Sampling(), 0, [1], 3)])
 
 
 # --------------------------------------------------------------------------------------------------------------- text

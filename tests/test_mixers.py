@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mindseed.infer.state import Cache
+from mindseed.infer.engine import Engine, EngineConfig, Request
 from mindseed.models.config import LMConfig, config_from_dict, config_to_dict
 from mindseed.nn.alibi import alibi_slopes
 from mindseed.nn.attend import Layout, attend, attend_oracle
@@ -14,7 +14,8 @@ from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.linear_attention import DeltaConfig, chunked, recurrent
 from mindseed.nn.mla import MLA
 from mindseed.nn.rope import RopeConfig, rope_tables, rotate
-from tests.tiny import DYNAMIC, KITS, MIXER_KIT, VOCAB, flat, kit, kit_model, random_batch, tiny_model
+from tests.tiny import (DYNAMIC, KITS, MIXER_KIT, VOCAB, flat, kit, kit_model, pages, random_batch, some_rows,
+                        tiny_model)
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
@@ -34,8 +35,8 @@ def test_decode_equals_prefill(config):
     model = kit_model(config)
     ids, positions = ids_and_positions(3, 17)
     full = model(ids, positions).logits()
-    for cuts in ([0, 5, 8, 9, 10, 11, 17], list(range(18)), [0, 1, 2, 9, 10, 17]):
-        cache = Cache(model.state_specs(), 3, capacity=4)                 # has to grow on the way
+    for size, cuts in ((4, [0, 5, 8, 9, 10, 11, 17]), (1, list(range(18))), (3, [0, 1, 2, 9, 10, 17])):
+        cache = pages(model, 3, block_size=size)
         parts = [model(ids[:, a:b], positions[:, a:b], cache).logits() for a, b in zip(cuts, cuts[1:])]
         torch.testing.assert_close(torch.cat(parts, 1), full, **EXACT)
 
@@ -46,13 +47,13 @@ def test_prompts_of_unequal_length_share_a_cache(config):
     ids, _ = ids_and_positions(3, 8)
     lengths, more = [8, 5, 1], torch.randint(0, VOCAB, (3, 4))
     padded = torch.tensor([[t if t < n else -1 for t in range(8)] for n in lengths])
-    cache = Cache(model.state_specs(), 3)
+    cache = pages(model, 3)
     model(ids, padded, cache)
     rows, step = [0, 1, 2], None
     for i in range(4):
         if i == 2:                                                       # a sequence ends, the others go on
             rows = [0, 2]
-            cache.keep(torch.tensor(rows))
+            cache = some_rows(cache, rows)
         at = torch.tensor([[lengths[row] + i] for row in rows])
         step = model(more[rows, i:i + 1], at, cache).logits()[:, 0]
     for row, got in zip(rows, step):
@@ -68,7 +69,7 @@ def test_prompts_of_unequal_length_may_be_read_in_chunks(config, cuts):
     model, lengths = kit_model(config), [8, 3, 6]
     ids, positions = ids_and_positions(3, 12)
     padded = torch.tensor([[t if t < n else -1 for t in range(8)] for n in lengths])
-    cache = Cache(model.state_specs(), 3, capacity=4)
+    cache = pages(model, 3)
     for a, b in zip(cuts, cuts[1:]):
         model(ids[:, a:b], padded[:, a:b], cache)
     for i in range(4):
@@ -133,32 +134,27 @@ def test_packed_documents_equal_the_documents_apart(config):
 
 @torch.no_grad()
 def test_state_spec_is_what_is_stored(config):
-    model = kit_model(config)
-    cache = Cache(model.state_specs(), 3, capacity=8)
-    ids, positions = ids_and_positions(3, 6)
-    model(ids[:, :5], positions[:, :5], cache)
-    for step in range(2):
-        for spec, layer in zip(model.state_specs(), cache.layers):
-            held = {name: tuple(x.shape) for name, x in layer.tokens.items()}
-            assert held == {name: (3, spec.window or 8, *shape) for name, shape in spec.per_token.items()}
-            assert {name: (3, *shape) for name, shape in spec.per_seq.items()} \
-                == {name: tuple(x.shape) for name, x in layer.sequence.items()}
-            width = spec.window or 8
-            assert spec.bytes_of(width, 8) * 3 == sum(
-                x.nbytes for part in (layer.tokens, layer.sequence) for x in part.values())
-        model(ids[:, 5:], positions[:, 5:], cache) if step == 0 else None
+    model, (ids, positions) = kit_model(config), ids_and_positions(3, 6)
+    state = pages(model, 3, 8)                                           # 6 blocks of 4 tokens, and the one for pads
+    for a, b in ((0, 5), (5, 6)):
+        model(ids[:, a:b], positions[:, a:b], state)
+        for spec, pools, sequences in zip(model.state_specs(), state.cache.pools, state.cache.sequences):
+            assert {name: (7, 4, *shape) for name, shape in spec.per_token.items()} \
+                == {name: tuple(pool.blocks.shape) for name, pool in pools.items()}
+            assert {name: (4, *shape) for name, shape in spec.per_seq.items()} \
+                == {name: tuple(x.shape) for name, x in sequences.items()}
+            assert spec.bytes_per_token(8) * 28 == sum(pool.blocks.nbytes for pool in pools.values())
+            assert spec.bytes_per_seq(8) * 4 == sum(x.nbytes for x in sequences.values())
 
 
 @torch.no_grad()
-def test_a_window_never_keeps_more_than_its_tokens_and_sees_them_all():
+def test_a_window_keeps_its_tokens_only_and_sees_them_all():
     model = kit_model(kit("window", "window"))
+    engine = Engine(model, None, EngineConfig(block_size=1))
+    engine.submit(Request(prompt=[5] * 20, max_new=10))
+    while engine.step():                                                 # two, and the one that comes next
+        assert [sum(map(bool, table)) for s in engine.scheduler.running for table in s.tables] in ([2], [])
     ids, positions = ids_and_positions(2, 30)
-    cache = Cache(model.state_specs(), 2)
-    model(ids[:, :20], positions[:, :20], cache)
-    for t in range(20, 30):
-        model(ids[:, t:t + 1], positions[:, t:t + 1], cache)
-        assert all(x.shape[1] == 3 for layer in cache.layers for x in layer.tokens.values())
-        assert sorted(cache.slots[3].positions[0].tolist()) == [t - 2, t - 1, t]
     far = ids.clone()
     far[:, :25] = (far[:, :25] + 1) % VOCAB                              # two layers of 3 see 4 tokens back at most
     torch.testing.assert_close(model(far, positions).logits()[:, 29:], model(ids, positions).logits()[:, 29:], **EXACT)
@@ -173,11 +169,28 @@ def test_dynamic_scaling_decodes_as_if_the_whole_text_were_read_anew(layers, len
     when the text was shorter, and its angles smaller."""
     model = kit_model(kit(*[DYNAMIC] * layers))
     ids, positions = ids_and_positions(2, length)
-    cache = Cache(model.state_specs(), 2, capacity=4)
+    cache = pages(model, 2)
     model(ids[:, :4], positions[:, :4], cache)
     for t in range(4, length):
         step = model(ids[:, t:t + 1], positions[:, t:t + 1], cache).logits()[:, 0]
         torch.testing.assert_close(step, model(ids[:, :t + 1], positions[:, :t + 1]).logits()[:, -1], **EXACT)
+
+
+@torch.no_grad()
+def test_dynamic_scaling_goes_by_the_length_of_each_text():
+    """A short text beside a long one keeps its angles, with a cache and without."""
+    model, lengths = kit_model(kit(DYNAMIC)), [14, 7, 3]
+    ids, positions = ids_and_positions(3, 15)
+    padded = torch.tensor([[t if t < n else -1 for t in range(14)] for n in lengths])
+    state, alone = pages(model, 3), [model(ids[i:i + 1, :n], positions[:1, :n]).logits() for i, n in enumerate(lengths)]
+    for together in (model(ids[:, :14], padded, state), model(ids[:, :14], padded.masked_fill(padded < 0, 0))):
+        for got, want, n in zip(together.logits(), alone, lengths):
+            torch.testing.assert_close(got[:n], want[0], **EXACT)
+    at = torch.tensor(lengths)[:, None]
+    step = model(ids.gather(1, at), at, state).logits()
+    for i, n in enumerate(lengths):
+        want = model(ids[i:i + 1, :n + 1], positions[:1, :n + 1]).logits()[0, -1:]
+        torch.testing.assert_close(step[i], want, **EXACT)
 
 
 @pytest.mark.parametrize("name", ["mla", "mla, plain queries"])
@@ -190,7 +203,7 @@ def test_absorbed_equals_expanded(name, monkeypatch):
         monkeypatch.setattr(type(MIXER_KIT[name]), "absorbing_is_cheaper", lambda self, queries, keys, way=way: way)
         used = []
         monkeypatch.setattr(MLA, "absorbed", lambda self, *a, f=MLA.absorbed: (used.append(1), f(self, *a))[1])
-        cache = Cache(model.state_specs(), 2)
+        cache = pages(model, 2)
         outs.append(torch.cat([model(ids[:, a:b], positions[:, a:b], cache).logits()
                                for a, b in ((0, 9), (9, 10), (10, 15))], 1))
         assert bool(used) == way

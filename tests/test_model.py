@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from mindseed.core import Output
-from mindseed.infer.state import Cache
 from mindseed.models.config import config_from_dict, config_to_dict
 from mindseed.models.lm import build
 from mindseed.models.presets import PRESETS, shape_of_depth
@@ -18,7 +17,7 @@ from mindseed.nn.ffn import Gated
 from mindseed.nn.linear import BUFFERS
 from mindseed.nn.norm import RMSNorm
 from mindseed.nn.rope import RopeConfig, rope_tables, rotate
-from tests.tiny import VOCAB, flat, random_batch, tiny_model
+from tests.tiny import VOCAB, flat, pages, random_batch, tiny_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -34,7 +33,7 @@ def test_decode_equals_prefill(changes):
     ids, positions = ids_and_positions(3, 13)
     with torch.no_grad():
         full = model(ids, positions).logits()
-        cache = Cache(model.state_specs(), 3, capacity=4)                 # has to grow on the way
+        cache = pages(model, 3)
         cuts = [0, 5, 8, 9, 10, 11, 12, 13]
         parts = [model(ids[:, a:b], positions[:, a:b], cache).logits() for a, b in zip(cuts, cuts[1:])]
     torch.testing.assert_close(torch.cat(parts, 1), full, **EXACT)
@@ -46,7 +45,7 @@ def test_prompts_of_unequal_length_share_a_cache():
     lengths = [8, 5]
     padded = torch.tensor([[t if t < n else -1 for t in range(8)] for n in lengths])
     with torch.no_grad():
-        cache = Cache(model.state_specs(), 2)
+        cache = pages(model, 2)
         model(ids, padded, cache)
         step = model(torch.tensor([[7], [9]]), torch.tensor([[8], [5]]), cache).logits()[:, 0]
         for row, n in enumerate(lengths):
@@ -87,13 +86,13 @@ def test_packed_documents_equal_the_documents_apart():
 
 def test_state_spec_is_what_is_stored():
     model = tiny_model()
-    cache = Cache(model.state_specs(), 3)
+    state = pages(model, 3, 8)
     ids, positions = ids_and_positions(3, 6)
-    model(ids, positions, cache)
-    for spec, layer in zip(model.state_specs(), cache.layers):
-        assert {name: (3, cache.capacity, *shape) for name, shape in spec.per_token.items()} \
-            == {name: tuple(x.shape) for name, x in layer.tokens.items()}
-        assert spec.bytes_per_token(2) == sum(x[0, 0].numel() * 2 for x in layer.tokens.values())
+    model(ids, positions, state)
+    for spec, pools in zip(model.state_specs(), state.cache.pools):
+        assert {name: (7, 4, *shape) for name, shape in spec.per_token.items()} \
+            == {name: tuple(pool.blocks.shape) for name, pool in pools.items()}
+        assert spec.bytes_per_token(2) == sum(pool.blocks[0, 0].numel() * 2 for pool in pools.values())
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mindseed import cli
 from mindseed.base.hardware import PEAKS
-from mindseed.infer.state import Cache
+from mindseed.infer.engine import Engine, EngineConfig, Request
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM, build
 from mindseed.models.presets import PRESETS, LatentShape, Shape, preset, shape_of_depth
@@ -122,14 +122,22 @@ def test_a_window_saves_arithmetic_and_memory(length):
     assert cache_bytes(full, length, 4) - cache_bytes(WINDOWS, length, 4) == kept * (length - min(length, 5))
 
 
+def bytes_held(config, length: int) -> int:
+    """What the engine's cache holds of B sequences just before their tokens number `length` are computed."""
+    engine = Engine(build(config), None, EngineConfig(block_size=1, max_seqs=B, prefix_caching=False, fused=False))
+    for _ in range(B):
+        engine.submit(Request(prompt=[0] * (length - 1), max_new=9))
+    engine.step()
+    engine.scheduler.plan()
+    held = {blocks.window: sum(map(bool, blocks.holders)) for blocks in engine.kinds}
+    layers = zip(engine.cache.specs, engine.cache.pools)
+    tokens = sum(pool.blocks[0].nbytes * held[spec.window] for spec, pools in layers for pool in pools.values())
+    return tokens + sum(x[1:].nbytes for layer in engine.cache.sequences for x in layer.values())
+
+
 @pytest.mark.parametrize("name, config", [("linear", LINEAR), ("windows", WINDOWS)])
 def test_cache_bytes_of_layers_that_forget(name, config):
-    model, length = build(config).eval(), 9
-    cache = Cache(model.state_specs(), B, capacity=length)
-    with torch.no_grad():
-        model(torch.zeros(B, length, dtype=torch.long), torch.arange(length).expand(B, length), cache)
-    held = sum(x.nbytes for layer in cache.layers for part in (layer.tokens, layer.sequence) for x in part.values())
-    assert cache_bytes(config, length, itemsize=4) * B == held
+    assert cache_bytes(config, 9, itemsize=4) * B == bytes_held(config, 9)
     assert cache_bytes_per_token(config, 4) == (0 if name == "linear" else 2 * 2 * 10 * 4)
 
 
@@ -144,12 +152,8 @@ def test_arithmetic_of_linear_attention_is_about_torchs_count():
 
 
 def test_cache_bytes_equal_a_real_cache(config):
-    model, length = build(config).eval(), 7
-    cache = Cache(model.state_specs(), B, capacity=length)
-    with torch.no_grad():
-        model(torch.zeros(B, length, dtype=torch.long), torch.arange(length).expand(B, length), cache)
-    held = sum(x.nbytes for layer in cache.layers for x in layer.tokens.values())
-    assert cache_bytes_per_token(config, itemsize=4) * B * length == held
+    per_sequence = sum(spec.bytes_per_seq(4) for spec in build(config).state_specs())
+    assert (cache_bytes_per_token(config, itemsize=4) * 7 + per_sequence) * B == bytes_held(config, 7)
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "bf16"])

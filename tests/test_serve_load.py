@@ -61,7 +61,7 @@ def connect(server: Running, body: dict, *, receive: int | None = None) -> socke
     return sock
 
 
-@pytest.mark.parametrize("draft", ["none", "ngram"])
+@pytest.mark.parametrize("draft", ["off", "ngram"])
 def test_each_of_many_gets_its_own_answer(draft):
     """Forty clients whose prompts begin alike, more than the engine writes at once, with a cache that is too small for
     all of them: nobody's answer is lost or differs from what it is alone."""

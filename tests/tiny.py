@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 
 from mindseed.core import Batch
+from mindseed.infer.paged import PagedCache, Pages, windows_of
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.models.lm import LM, build
 from mindseed.models.presets import Shape
@@ -87,6 +88,20 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 p.uniform_(0.5, 1.5, generator=generator)
             else:
                 p.normal_(0, 0.15, generator=generator)
+
+
+def pages(model: LM, batch: int, tokens: int = 64, *, block_size: int = 4, int8: bool = False) -> Pages:
+    """A State for a fixed batch: every row has its own blocks, in disorder, for so many tokens."""
+    specs, each = model.state_specs(), -(-tokens // block_size)
+    shuffled = torch.randperm(batch * each, generator=torch.Generator().manual_seed(batch)).view(batch, each) + 1
+    cache = PagedCache(specs, {window: batch * each + 1 for window in windows_of(specs)}, block_size, slots=batch + 1,
+                       dtype=model.embed.weight.dtype, int8=int8)
+    return Pages(cache, {window: shuffled for window in cache.windows}, torch.arange(1, batch + 1))
+
+
+def some_rows(state: Pages, rows: list[int]) -> Pages:
+    """The State of these rows alone, when the others have ended."""
+    return Pages(state.cache, {window: table[rows] for window, table in state.tables.items()}, state.slots[rows])
 
 
 def random_batch(rows: int, length: int, *, seed: int = 0, empty: tuple[int, ...] = ()) -> Batch:

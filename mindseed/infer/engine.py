@@ -55,8 +55,8 @@ class EngineConfig:
     max_queue: int = option(1024, help="requests that may wait; more are refused")
     prefix_caching: bool = option(True, help="find the beginnings of prompts in the cache")
     cache_dtype: Literal["auto", "int8"] = option("auto", help="auto: that of the weights; int8: a quarter of fp32")
-    draft: Literal["none", "ngram", "model", "mtp"] = option(
-        "none", help="guess tokens ahead, to be verified together: from what was said before (ngram), by a smaller "
+    draft: Literal["off", "ngram", "model", "mtp"] = option(
+        "off", help="guess tokens ahead, to be verified together: from what was said before (ngram), by a smaller "
                      "model, or by the model's own modules for further tokens (mtp)")
     draft_tokens: int = option(4, help="tokens guessed ahead")
     fused: bool = option(True, help="decode with kernels of our own: on a CPU if numba is installed, on a GPU as a "
@@ -66,6 +66,8 @@ class EngineConfig:
         for name in ("block_size", "max_seqs", "chunk", "max_queue", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise UserError(f"cache_tokens={self.cache_tokens} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +144,8 @@ class Engine:
         self.drafter = drafter_of(config.draft, config.draft_tokens, model, draft_model)
         specs = [*model.state_specs(), *self.drafter.own_specs()]
         theirs = [] if draft_model is None else draft_model.state_specs()
-        counts = self.block_counts(specs, theirs, dtype.itemsize)
-        has_slots = any(spec.per_seq for spec in specs)
-        int8 = config.cache_dtype == "int8"
+        has_slots, int8 = any(spec.per_seq for spec in specs), config.cache_dtype == "int8"
+        counts = self.block_counts(specs, theirs, 1 if int8 else dtype.itemsize)
         self.cache = PagedCache(specs, counts, config.block_size, slots=(config.max_seqs + 1) * has_slots, dtype=dtype,
                                 device=self.device, int8=int8)
         self.kinds = [Blocks(count, config.block_size, window) for window, count in counts.items()]

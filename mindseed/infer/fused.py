@@ -1,4 +1,4 @@
-"""A decoding step and attention over a paged cache, in kernels of our own on the CPU (kernels.py, onepass.py).
+"""A decoding step and attention over a paged cache, in kernels of our own on the CPU (onepass.py).
 
 This half is Python: it knows which models the kernels compute, keeps the memory they work in, fills in their tables of
 shapes and addresses, and hands the work to threads. The weights are the model's own, so what is written into them is
@@ -16,18 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mindseed.infer.kernels import CHUNK, F32, LANES, LINE, TILE, available, compiled
+from mindseed.infer.attention import TILE
+from mindseed.infer.jit import available, compiled
+from mindseed.infer.kernels import CHUNK, F32, FEW, LINE
 from mindseed.infer.onepass import Layer, Plan, Scale
+from mindseed.infer.simd import LANES
 from mindseed.models.lm import LM, Block
 from mindseed.nn.ffn import SwiGLU
 from mindseed.nn.gqa import GQA
 from mindseed.nn.linear import Linear
 from mindseed.nn.norm import RMSNorm
-from mindseed.nn.rope import RopeConfig, rope_tables
+from mindseed.nn.rope import rope_tables
 
 __all__ = ["FusedStep", "available", "fits", "paged_attention"]
 
 SPAN = 256                                        # keys to a piece of attention where rows are few
+WORTH = 1 << 19                                   # bytes of weights for which it is worth waking one more thread
 UNITS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
 WRONG = {1: "an id is not in the vocabulary", 2: "a position is not in its table", 3: "a table names no block"}
 Window = int | None
@@ -62,14 +66,19 @@ class Crew:
         self.jobs: list[queue.SimpleQueue] = []
         self.lock = threading.Lock()
 
-    def call(self, function: Callable, *arguments, units: tuple, state: np.ndarray, threads: int) -> None:
-        """function(*arguments, generation, thread, *units) in all threads, in this one as thread 0."""
-        generation = int(state[0]) >> 16
+    def call(self, name: str, plan: np.ndarray, *tables: np.ndarray, units: tuple, state: np.ndarray,
+             threads: int) -> None:
+        """The entry of this name in all threads, in this one as thread 0."""
+        function, generation = compiled()[name], int(state[0]) >> 16
         if len(self.jobs) < threads - 1:
             self.hire(threads - 1)
-        for thread in range(1, threads):
-            self.jobs[thread - 1].put((function, (*arguments, generation, thread, *units), state))
-        function(*arguments, generation, 0, *units)
+        try:
+            for thread in range(1, threads):
+                self.jobs[thread - 1].put((function, (plan, *tables, generation, thread, *units), state))
+            function(plan, *tables, generation, 0, *units)
+        except BaseException:                     # Ctrl-C, say, and somebody may be at work already
+            compiled()["settle"](plan)
+            raise
 
     def hire(self, count: int) -> None:
         with self.lock:
@@ -92,21 +101,29 @@ if hasattr(os, "register_at_fork"):               # threads do not survive it
 
 
 class Memory:
-    """What threads work in: counters and room for numbers, asked for by name, grown as needed."""
+    """What threads work in: room for numbers, asked for by name, grown as needed."""
 
     def __init__(self) -> None:
-        self.held: dict[str, np.ndarray] = {}
+        self.held: dict[str, tuple[np.ndarray, int]] = {}                         # and the address
 
     def floats(self, name: str, count: int) -> int:
-        """The address of room for `count` float32 numbers."""
-        if name not in self.held or len(self.held[name]) < count:
-            self.held[name] = np.zeros(count + LANES, np.float32)
-        return self.held[name].ctypes.data
+        """The address of room for `count` float32 numbers, at the start of a cache line."""
+        if name not in self.held or len(self.held[name][0]) < count + LINE // 4:
+            room = np.zeros(count + LINE // 4, np.float32)
+            self.held[name] = room, -(-room.ctypes.data // LINE) * LINE
+        return self.held[name][1]
 
-    def counters(self, name: str, count: int) -> np.ndarray:
-        if name not in self.held or len(self.held[name]) < count:
-            self.held[name] = np.zeros(count, np.int64)
+    def counters(self, name: str, count: int) -> tuple[np.ndarray, int]:
+        """At least `count` integers, zero at first, and their address."""
+        if name not in self.held or len(self.held[name][0]) < count:
+            room = np.zeros(count, np.int64)
+            self.held[name] = room, room.ctypes.data
         return self.held[name]
+
+
+def lines(floats: int) -> int:
+    """Filled up to whole cache lines, so that what follows begins with one: loads across two are slow."""
+    return -(-floats // (LINE // 4)) * (LINE // 4)
 
 
 class FusedStep:
@@ -125,11 +142,14 @@ class FusedStep:
         self.layers = np.zeros((len(model.blocks), len(Layer)), np.int64)
         self.scales = np.zeros((len(model.blocks) + 1, len(Scale)), np.float32)
         self.state = np.zeros(LINE // 8, np.int64)
-        self.rope: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
-        self.units = UNITS[model.embed.weight.dtype], UNITS[pools[0][0].dtype]
-        self.rows, self.length, self.kept = 0, 0, []
-        self.entries = compiled()
+        self.dtype, self.shape, self.kept = model.embed.weight.dtype, (0, 0), []
+        self.units = UNITS[self.dtype], UNITS[pools[0][0].dtype]
+        self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.fewest = min(c.kv_heads for c in self.configs)
+        self.windows = {c.window: [i for i, other in enumerate(self.configs) if other.window == c.window]
+                        for c in self.configs}
         self.describe()
+        self.turn(min(model.config.seq_len, 4096))
 
     def describe(self) -> None:
         """Fill in what stays: shapes and the addresses of weights and pools."""
@@ -162,97 +182,89 @@ class FusedStep:
         self.kept.append(weight.detach())         # as long as we know its address
         return weight.data_ptr()
 
-    def room(self, rows: int, threads: int) -> None:
-        """Memory for this many rows."""
+    def room(self, rows: int) -> int:
+        """Make memory for this many rows; how many threads to use."""
+        threads = min(torch.get_num_threads(), 1 + self.bytes // WORTH)
+        if self.shape == (rows, threads):
+            return threads
+        self.shape = rows, threads
         plan, room, m, configs = self.plan, self.memory, self.model, self.configs
-        width, dim = 1 if rows == 1 else LANES, m.config.dim
-        group = width * -(-rows // width)         # rows, filled up
+        dim, group = m.config.dim, rows if rows <= FEW else -(-rows // LANES) * LANES
         wide = max(int(n) for n in self.layers[:, Layer.FFN_DIM])
         mixed = max(c.heads * c.head_dim for c in configs)
         piece = max(8, CHUNK // (2 * min(dim, mixed, wide)))                      # most rows of weights
-        plan[Plan.ROWS], plan[Plan.INPUT_SIZE] = rows, group * max(dim, mixed) + LANES
-        plan[Plan.OUTPUT_SIZE] = 2 * group * piece + LANES
         heads = max(c.heads // c.kv_heads * (c.head_dim + TILE) for c in configs) + max(c.head_dim for c in configs)
-        rest = max(heads, 8 * max(dim, mixed, wide)) + LANES
+        plan[Plan.ROWS], plan[Plan.INPUT_SIZE] = rows, lines(group * max(dim, mixed))
+        plan[Plan.OUTPUT_SIZE] = lines(2 * group * piece)
+        rest = lines(max(heads, 8 * max(dim, mixed, wide)))
         plan[Plan.PRIVATE_SIZE] = plan[Plan.INPUT_SIZE] + plan[Plan.OUTPUT_SIZE] + rest
         plan[Plan.PRIVATE] = room.floats("private", threads * int(plan[Plan.PRIVATE_SIZE]))
         plan[Plan.X] = room.floats("x", group * dim)
         plan[Plan.QKV] = room.floats("qkv", group * max((c.heads + 2 * c.kv_heads) * c.head_dim for c in configs))
         plan[Plan.MIXED], plan[Plan.WIDE] = room.floats("mixed", rows * mixed), room.floats("wide", group * wide)
-        plan[Plan.ARRIVED] = room.counters("arrived", rows * int(plan[Plan.MOST_KV])).ctypes.data
-        self.rows = (rows, threads)
+        plan[Plan.ARRIVED] = room.counters("arrived", rows * int(plan[Plan.MOST_KV]))[1]
+        return threads
 
     def __call__(self, ids: Tensor, positions: Tensor, tables: dict[Window, Tensor]) -> Tensor:
         """Hidden vectors (B, D) of tokens `ids` (B,) at `positions` (B,), which are their numbers in the row."""
         return self.run(ids, positions, tables, False)[0]
 
     def logits(self, ids: Tensor, positions: Tensor, tables: dict[Window, Tensor]) -> tuple[Tensor, Tensor]:
-        """The hidden vectors, and the logits (B, V) of the token that follows, in one go."""
+        """The hidden vectors, and the logits (B, V) float32 of the token that follows, in one go."""
         return self.run(ids, positions, tables, True)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (B, V) float32 of hidden vectors (B, D)."""
-        hidden = hidden.to(torch.float32).contiguous()
-        plan, logits = self.plan, torch.empty(len(hidden), self.model.config.vocab_size)
-        threads = torch.get_num_threads()
-        if self.rows != (len(hidden), threads):
-            self.room(len(hidden), threads)
+        plan, hidden = self.plan, hidden.to(torch.float32).contiguous()
+        logits = torch.empty(hidden.shape[0], self.model.config.vocab_size)
+        threads = self.room(hidden.shape[0])
         plan[Plan.LAYERS] = plan[Plan.IDS] = 0
         plan[Plan.HIDDEN], plan[Plan.LOGITS] = hidden.data_ptr(), logits.data_ptr()
         self.go(threads)
         return logits
 
     def run(self, ids: Tensor, positions: Tensor, tables: dict[Window, Tensor], head: bool) -> tuple[Tensor, Tensor]:
-        plan, layers, rows, threads = self.plan, self.layers, len(ids), torch.get_num_threads()
-        if self.rows != (rows, threads):
-            self.room(rows, threads)
-        ids, positions = ids.contiguous(), positions.contiguous()
-        length = int(positions.max()) + 1
-        self.turn(length)
-        kept = []
-        for index, c in enumerate(self.configs):
-            table = tables[c.window]
-            if not table.is_contiguous():
-                table = table.contiguous()
-                kept.append(table)
-            layers[index, Layer.TABLE], layers[index, Layer.TABLE_WIDTH] = table.data_ptr(), table.shape[1]
-        divide(plan, self.memory, length, rows, min(c.kv_heads for c in self.configs), threads)
+        plan, layers, rows = self.plan, self.layers, ids.shape[0]
+        ids, positions, threads = ids.contiguous(), positions.contiguous(), self.room(rows)
+        tables = {window: tables[window].contiguous() for window in self.windows}
+        for window, members in self.windows.items():
+            layers[members, Layer.TABLE] = tables[window].data_ptr()
+            layers[members, Layer.TABLE_WIDTH] = tables[window].shape[1]
+        width = max(table.shape[1] for table in tables.values())
+        divide(plan, self.memory, width * self.block_size, rows * self.fewest, threads)
         hidden = torch.empty(rows, self.model.config.dim)
         logits = torch.empty(rows if head else 0, self.model.config.vocab_size)
         plan[Plan.LAYERS], plan[Plan.IDS], plan[Plan.POSITIONS] = len(layers), ids.data_ptr(), positions.data_ptr()
         plan[Plan.HIDDEN], plan[Plan.LOGITS] = hidden.data_ptr(), logits.data_ptr() if head else 0
         self.go(threads)
-        return hidden.to(self.model.embed.weight.dtype), logits
+        return hidden if self.dtype == torch.float32 else hidden.to(self.dtype), logits
+
+    def go(self, threads: int) -> None:
+        counters, self.plan[Plan.COUNTERS] = self.memory.counters("counters", LINE // 4 * (5 * len(self.layers) + 1))
+        counters[:] = 0
+        wrong = compiled()["begin"](self.plan, self.layers, self.units[0])
+        if wrong == 4:
+            self.turn(2 * int(self.plan[Plan.LENGTH]))
+            return self.go(threads)
+        if wrong:
+            raise ValueError(WRONG[wrong])
+        CREW.call("decode", self.plan, self.layers, self.scales, units=self.units, state=self.state, threads=threads)
 
     def turn(self, length: int) -> None:
         """Rotary tables for texts of up to `length` tokens."""
-        if length <= self.length:
-            return
-        self.length = max(length, 2 * self.length, 256)
+        self.plan[Plan.LENGTH], at = length, torch.arange(length)[None]
+        kinds = {(c.rope, c.head_dim) for c in self.configs}
+        self.rope = {kind: [x.contiguous() for x in rope_tables(*kind, at, torch.float32)] for kind in kinds}
         for c, row in zip(self.configs, self.layers):
-            key = c.rope, c.head_dim
-            if key not in self.rope or self.rope[key][0].shape[1] < self.length:
-                at = torch.arange(self.length)[None]
-                self.rope[key] = tuple(x.contiguous() for x in rope_tables(*key, at, torch.float32))
-            row[Layer.COS], row[Layer.SIN] = (x.data_ptr() for x in self.rope[key])
-
-    def go(self, threads: int) -> None:
-        counters = self.memory.counters("counters", LINE // 4 * (5 * len(self.layers) + 1))
-        counters[:] = 0
-        self.plan[Plan.COUNTERS] = counters.ctypes.data
-        wrong = self.entries["begin"](self.plan, self.layers, self.units[0])
-        if wrong:
-            raise ValueError(WRONG[wrong])
-        CREW.call(self.entries["decode"], self.plan, self.layers, self.scales, units=self.units, state=self.state,
-                  threads=threads)
+            row[Layer.COS], row[Layer.SIN] = (x.data_ptr() for x in self.rope[c.rope, c.head_dim])
 
 
-def divide(plan: np.ndarray, memory: Memory, length: int, rows: int, kv_heads: int, threads: int) -> None:
-    """Attention in pieces, by spans of keys too where rows and heads are few, and memory for their results."""
-    few = rows * kv_heads < 4 * threads
-    plan[Plan.SPAN] = SPAN if few else 1 << 40
-    parts = plan[Plan.PARTS] = -(-length // SPAN) if few else 1
-    plan[Plan.PARTIAL] = memory.floats("partial", rows * int(plan[Plan.MOST_KV] * parts * plan[Plan.PIECE]))
+def divide(plan: np.ndarray, memory: Memory, length: int, heads: int, threads: int) -> None:
+    """Attention over up to `length` keys in pieces: by row and key head, of which there are `heads`, and by spans of
+    keys too if those are few. Makes room for the results."""
+    span = plan[Plan.SPAN] = SPAN if heads < 4 * threads else 1 << 40
+    count = int(plan[Plan.ROWS] * plan[Plan.MOST_KV] * plan[Plan.PIECE])
+    plan[Plan.PARTIAL] = memory.floats("partial", count * -(-length // span))
 
 
 LOCAL = threading.local()                         # memory of a thread's calls of paged_attention
@@ -273,23 +285,24 @@ def paged_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, tables: Tensor, l
             k_pool.is_contiguous() and v_pool.is_contiguous()):
         raise ValueError(f"paged_attention: q {tuple(q.shape)} does not go with pools {tuple(k_pool.shape)}, "
                          f"{tuple(v_pool.shape)}")
-    out, threads = torch.empty_like(queries), torch.get_num_threads()
+    out, threads = torch.empty_like(queries), min(torch.get_num_threads(), B * G)
     plan, layers, scales = np.zeros(len(Plan), np.int64), np.zeros((1, len(Layer)), np.int64), np.zeros((1, 5), "f4")
-    layers[0, :Layer.INTERLEAVED] = H, G, K, 0, window or 0
-    layers[0, [Layer.KEYS, Layer.VALUES, Layer.TABLE]] = k_pool.data_ptr(), v_pool.data_ptr(), tables.data_ptr()
-    layers[0, [Layer.BLOCKS, Layer.TABLE_WIDTH]] = len(k_pool) // block_size, tables.shape[1]
+    layer = layers[0]
+    layer[:Layer.INTERLEAVED] = H, G, K, 0, window or 0
+    layer[Layer.KEYS], layer[Layer.VALUES], layer[Layer.TABLE] = (x.data_ptr() for x in (k_pool, v_pool, tables))
+    layer[Layer.BLOCKS], layer[Layer.TABLE_WIDTH] = len(k_pool) // block_size, tables.shape[1]
     scales[0, Scale.SCORES] = scale or 1 / math.sqrt(K)
-    counters, state = memory.counters("counters", LINE // 4), memory.counters("state", LINE // 8)
-    counters[:] = 0
-    plan[[Plan.ROWS, Plan.LAYERS, Plan.BLOCK, Plan.MOST_KV, Plan.PIECE]] = B, 1, block_size, G, H // G * (K + 2)
-    plan[[Plan.POSITIONS, Plan.QKV, Plan.MIXED]] = positions.data_ptr(), queries.data_ptr(), out.data_ptr()
-    plan[[Plan.COUNTERS, Plan.STATE]] = counters.ctypes.data, state.ctypes.data
-    plan[Plan.ARRIVED] = memory.counters("arrived", B * G).ctypes.data
-    plan[Plan.PRIVATE_SIZE] = H // G * (K + TILE) + K + LANES
+    plan[Plan.ROWS], plan[Plan.LAYERS], plan[Plan.BLOCK] = B, 1, block_size
+    plan[Plan.MOST_KV], plan[Plan.PIECE] = G, H // G * (K + 2)
+    plan[Plan.POSITIONS], plan[Plan.QKV], plan[Plan.MIXED] = (x.data_ptr() for x in (positions, queries, out))
+    counters, plan[Plan.COUNTERS] = memory.counters("counters", LINE // 4)
+    state, plan[Plan.STATE] = memory.counters("state", LINE // 8)
+    plan[Plan.ARRIVED] = memory.counters("arrived", B * G)[1]
+    plan[Plan.PRIVATE_SIZE] = lines(H // G * (K + TILE) + K)
     plan[Plan.PRIVATE] = memory.floats("private", threads * int(plan[Plan.PRIVATE_SIZE]))
-    divide(plan, memory, int(lengths.max()), B, G, threads)
-    if wrong := compiled()["misplaced"](plan, layers):
+    divide(plan, memory, tables.shape[1] * block_size, B * G, threads)
+    counters[:] = 0
+    if wrong := compiled()["begin_attention"](plan, layers):
         raise ValueError(WRONG[wrong])
-    units = F32, UNITS[k_pool.dtype]
-    CREW.call(compiled()["attend_rows"], plan, layers, scales, units=units, state=state, threads=threads)
+    CREW.call("attend_rows", plan, layers, scales, units=(F32, UNITS[k_pool.dtype]), state=state, threads=threads)
     return out.to(q.dtype)

@@ -7,65 +7,27 @@ one row's heads) from a counter per phase, and nobody goes on to the next phase 
 Any number of threads may take part, come late or not at all: who is there does what there is, so no thread waits for
 one that has not started. There is no thread pool of numba's in it, which would compete with torch's for the cores.
 
-Vectors lie in groups of rows. A single row is its own group (width 1): products are inner products along a row of the
-weights. More rows lie side by side, sixteen to a group, (dim, 16): every weight is then multiplied into sixteen rows
-at once, straight from where it lies in memory.
+Vectors lie in groups of W rows, (groups, dim, W). Few rows are groups of their own (W = 1): products are inner products
+along a row of the weights. More rows lie side by side, as many to a group as a register has lanes: every weight is then
+multiplied into all of them at once, straight from where it lies in memory.
 
-Functions marked `kernel` are compiled when the first of them is needed, see `compiled`; until then they are ordinary
-functions that cannot run. Memory is given by its address: the caller checks bounds and keeps the arrays alive.
+Memory is given by its address: the caller checks bounds and keeps the arrays alive.
 """
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-from typing import Callable
-
 import numpy as np
 
-from mindseed.infer.simd import LANES, primitives
+from mindseed.infer.jit import kernel
+from mindseed.infer.simd import LANES
 
-FLAGS = {"reassoc", "contract", "nsz", "arcp"}    # what LLVM may do with sums; infinities and NaN stay what they are
 F32 = np.float32(0)                               # the unit of what is not weights or cache
 CHUNK = 32768                                     # bytes of weights to a piece of work
-TILE = 256                                        # keys whose scores are held at once
-AHEAD = 2048                                      # bytes that weights are fetched ahead of their use
+AHEAD = 4096                                      # bytes that a row of weights is fetched ahead of its use
+FEW = 6                                           # rows that are groups of their own
+WIDTH = 4 * LANES                                 # bytes of one number of a group
+TWO = LANES == 16                                 # whether there are registers for two groups at once
 LINE = 128                                        # bytes between counters: each has cache lines of its own
 PATIENCE = 2000                                   # looks at a counter before the core is offered to others
-HELPER: list[Callable] = []                       # what entries call
-ENTRY: list[Callable] = []
-
-
-def kernel(function: Callable) -> Callable:
-    HELPER.append(function)
-    return function
-
-
-def entry(function: Callable) -> Callable:
-    ENTRY.append(function)
-    return function
-
-
-def available() -> bool:
-    """Whether numba is installed (`pip install 'mindseed[fast]'`)."""
-    return importlib.util.find_spec("numba") is not None
-
-
-@cache
-def compiled() -> dict[str, Callable]:
-    """The entries by name, each compiled when first called and kept on disk by numba, beside its file or, where that
-    cannot be written, in the user's cache folder."""
-    import numba
-
-    space = primitives()
-    for function in HELPER:
-        space[function.__name__] = numba.njit(function, fastmath=FLAGS, error_model="numpy", no_cpython_wrapper=True,
-                                               no_cfunc_wrapper=True)
-    entries = {}
-    for function in ENTRY:
-        entries[function.__name__] = numba.njit(function, fastmath=FLAGS, error_model="numpy", nogil=True, cache=True)
-    for function in (*HELPER, *ENTRY):            # what they call by name is the compiled function from now on
-        function.__globals__.update(space)
-    return entries
 
 
 # ------------------------------------------------------------------------------------------------------ work in pieces
@@ -82,14 +44,22 @@ def enter(state, generation):
 
 
 @kernel
+def look_again(looks):
+    """Between two looks at a counter that another thread will change."""
+    if looks < PATIENCE:
+        pause(0)
+    else:
+        step_aside(0)
+
+
+@kernel
 def close(state):
     """Let no more threads in, and wait for those inside."""
     fetch_add(state, 1 << 16)
     looks = 0
     while read(state) & 0xFFFF:
+        look_again(looks)
         looks += 1
-        if looks > PATIENCE:
-            step_aside(0)
 
 
 @kernel
@@ -108,9 +78,8 @@ def wait(counters, phase, pieces):
     """Until all pieces of a phase are done."""
     looks = 0
     while read(counters + LINE * (2 * phase + 1)) < pieces:
+        look_again(looks)
         looks += 1
-        if looks > PATIENCE:
-            step_aside(0)
 
 
 # ----------------------------------------------------------------------------------------------------- matrix products
@@ -124,7 +93,7 @@ def dot(w, x, n, unit):
     j = 0
     while j + 4 * LANES <= n:
         p, q = w + size * j, x + 4 * j
-        for line in range(size):
+        for line in range(size * LANES // 16):
             prefetch(p + AHEAD + 64 * line)
         a = fma(load(p, unit), load(q, F32), a)
         b = fma(load(p + size * LANES, unit), load(q + 4 * LANES, F32), b)
@@ -142,16 +111,42 @@ def dot(w, x, n, unit):
 
 
 @kernel
+def two_dots(w, x, y, n, unit):
+    """One row of weights times two vectors."""
+    size = size_of(unit)
+    a = splat(0.0)
+    b, c, d = a, a, a
+    j = 0
+    while j + 2 * LANES <= n:
+        p = w + size * j
+        for line in range(size * LANES // 32):
+            prefetch(p + AHEAD + 64 * line)
+        u, v = load(p, unit), load(p + size * LANES, unit)
+        a = fma(u, load(x + 4 * j, F32), a)
+        b = fma(u, load(y + 4 * j, F32), b)
+        c = fma(v, load(x + 4 * j + WIDTH, F32), c)
+        d = fma(v, load(y + 4 * j + WIDTH, F32), d)
+        j += 2 * LANES
+    s, t = total(add(a, c)), total(add(b, d))
+    while j < n:
+        v = get(w + size * j, unit)
+        s += v * get(x + 4 * j, F32)
+        t += v * get(y + 4 * j, F32)
+        j += 1
+    return s, t
+
+
+@kernel
 def tile(w, x, n, out):
-    """Eight rows of float32 weights times sixteen vectors (n, 16): out (8, 16)."""
+    """Eight rows of float32 weights times a group of vectors (n, W): out (8, W). Has the next eight rows fetched."""
     a = splat(0.0)
     b, c, d, e, f, g, h = a, a, a, a, a, a, a
     s = 4 * n
     for j in range(n):
-        v, p = load(x + 64 * j, F32), w + 4 * j
+        p, v = w + 4 * j, load(x + WIDTH * j, F32)
         if j % 16 == 0:
-            for row in range(8):
-                prefetch(p + row * s + AHEAD // 4)
+            for row in range(8, 16):
+                prefetch(p + s * row)
         a = fma(splat(get(p, F32)), v, a)
         b = fma(splat(get(p + s, F32)), v, b)
         c = fma(splat(get(p + 2 * s, F32)), v, c)
@@ -160,22 +155,58 @@ def tile(w, x, n, out):
         f = fma(splat(get(p + 5 * s, F32)), v, f)
         g = fma(splat(get(p + 6 * s, F32)), v, g)
         h = fma(splat(get(p + 7 * s, F32)), v, h)
+    store_eight(out, a, b, c, d, e, f, g, h)
+
+
+@kernel
+def two_tiles(w, x, y, n, out, out_y):
+    """The same for two groups at once, where registers suffice: every weight is looked up once for both."""
+    a = splat(0.0)
+    b, c, d, e, f, g, h, i, j, k, l, m, o, p, q = a, a, a, a, a, a, a, a, a, a, a, a, a, a, a
+    s = 4 * n
+    for at in range(n):
+        r, v, u = w + 4 * at, load(x + WIDTH * at, F32), load(y + WIDTH * at, F32)
+        if at % 16 == 0:
+            for row in range(8, 16):
+                prefetch(r + s * row)
+        t = splat(get(r, F32))
+        a, i = fma(t, v, a), fma(t, u, i)
+        t = splat(get(r + s, F32))
+        b, j = fma(t, v, b), fma(t, u, j)
+        t = splat(get(r + 2 * s, F32))
+        c, k = fma(t, v, c), fma(t, u, k)
+        t = splat(get(r + 3 * s, F32))
+        d, l = fma(t, v, d), fma(t, u, l)
+        t = splat(get(r + 4 * s, F32))
+        e, m = fma(t, v, e), fma(t, u, m)
+        t = splat(get(r + 5 * s, F32))
+        f, o = fma(t, v, f), fma(t, u, o)
+        t = splat(get(r + 6 * s, F32))
+        g, p = fma(t, v, g), fma(t, u, p)
+        t = splat(get(r + 7 * s, F32))
+        h, q = fma(t, v, h), fma(t, u, q)
+    store_eight(out, a, b, c, d, e, f, g, h)
+    store_eight(out_y, i, j, k, l, m, o, p, q)
+
+
+@kernel
+def store_eight(out, a, b, c, d, e, f, g, h):
     store(out, a)
-    store(out + 64, b)
-    store(out + 128, c)
-    store(out + 192, d)
-    store(out + 256, e)
-    store(out + 320, f)
-    store(out + 384, g)
-    store(out + 448, h)
+    store(out + WIDTH, b)
+    store(out + 2 * WIDTH, c)
+    store(out + 3 * WIDTH, d)
+    store(out + 4 * WIDTH, e)
+    store(out + 5 * WIDTH, f)
+    store(out + 6 * WIDTH, g)
+    store(out + 7 * WIDTH, h)
 
 
 @kernel
 def strip(w, x, n, out, unit):
-    """One row of weights times sixteen vectors: out (16,)."""
+    """One row of weights times a group of vectors: out (W,)."""
     a, size = splat(0.0), size_of(unit)
     for j in range(n):
-        a = fma(splat(get(w + size * j, unit)), load(x + 64 * j, F32), a)
+        a = fma(splat(get(w + size * j, unit)), load(x + WIDTH * j, F32), a)
     store(out, a)
 
 
@@ -210,25 +241,36 @@ def widen(source, n, target, unit):
 def product(w, first, last, x, n, rows, out, spare, unit):
     """Rows `first` to `last` of the weights (.., n) times x (groups, n, W): out (groups, last - first, W). Narrow
     weights are widened, eight rows at a time, into `spare`."""
-    size, count = size_of(unit), last - first
-    if rows == 1:
+    size, count, groups = size_of(unit), last - first, groups_of(rows)
+    w += size * n * first
+    if width_of(rows) == 1:
         for r in range(count):
-            put(out + 4 * r, dot(w + size * n * (first + r), x, n, unit), F32)
+            source, group = w + size * n * r, 0
+            while group + 2 <= groups:
+                s, t = two_dots(source, x + 4 * n * group, x + 4 * n * (group + 1), n, unit)
+                put(out + 4 * (count * group + r), s, F32)
+                put(out + 4 * (count * group + count + r), t, F32)
+                group += 2
+            if group < groups:
+                put(out + 4 * (count * group + r), dot(source, x + 4 * n * group, n, unit), F32)
         return
-    groups = (rows + LANES - 1) // LANES
-    r = 0
-    while r + 8 <= count:
-        source = w + size * n * (first + r)
+    whole = count // 8 * 8
+    for r in range(0, whole, 8):
+        source = w + size * n * r
         if size != 4:
             widen(source, 8 * n, spare, unit)
             source = spare
+        group, target = 0, out + WIDTH * r
+        while TWO and group + 2 <= groups:
+            two_tiles(source, x + WIDTH * n * group, x + WIDTH * n * (group + 1), n, target + WIDTH * count * group,
+                      target + WIDTH * count * (group + 1))
+            group += 2
+        while group < groups:
+            tile(source, x + WIDTH * n * group, n, target + WIDTH * count * group)
+            group += 1
+    for r in range(whole, count):
         for group in range(groups):
-            tile(source, x + 64 * n * group, n, out + 64 * (count * group + r))
-        r += 8
-    while r < count:
-        for group in range(groups):
-            strip(w + size * n * (first + r), x + 64 * n * group, n, out + 64 * (count * group + r), unit)
-        r += 1
+            strip(w + size * n * r, x + WIDTH * n * group, n, out + WIDTH * (count * group + r), unit)
 
 
 @kernel
@@ -245,22 +287,31 @@ def pieces(rows, size):
 # --------------------------------------------------------------------------------------------------- vectors in groups
 
 @kernel
+def width_of(rows):
+    return 1 if rows <= FEW else LANES
+
+
+@kernel
+def groups_of(rows):
+    return rows if rows <= FEW else pieces(rows, LANES)
+
+
+@kernel
 def normalise(x, weight, eps, n, rows, out, unit):
     """RMSNorm of x (groups, n, W)."""
-    size, share = size_of(unit), np.float32(1 / n)
-    if rows == 1:
-        norm_row(x, weight, eps, n, out, unit)
-        return
-    for group in range((rows + LANES - 1) // LANES):
-        p, q = x + 64 * n * group, out + 64 * n * group
+    size, width = size_of(unit), width_of(rows)
+    for group in range(groups_of(rows)):
+        p, q = x + 4 * width * n * group, out + 4 * width * n * group
+        if width == 1:
+            norm_row(p, weight, eps, n, q, unit)
+            continue
         a = splat(0.0)
         for j in range(n):
-            v = load(p + 64 * j, F32)
+            v = load(p + WIDTH * j, F32)
             a = fma(v, v, a)
-        r = divide(splat(1.0), root(fma(a, splat(share), splat(eps))))
+        r = divide(splat(1.0), root(fma(a, splat(np.float32(1 / n)), splat(eps))))
         for j in range(n):
-            v = multiply(load(p + 64 * j, F32), r)
-            store(q + 64 * j, multiply(v, splat(get(weight + size * j, unit))))
+            store(q + WIDTH * j, multiply(multiply(load(p + WIDTH * j, F32), r), splat(get(weight + size * j, unit))))
 
 
 @kernel
@@ -322,144 +373,32 @@ def power(number):
 
 
 @kernel
-def gather(x, stride, rows, n, out, unit):
-    """Vectors x (rows, n), `stride` numbers apart, into groups (groups, n, W); rows that fill a group up are zero."""
-    size = size_of(unit)
-    if rows == 1:
+def spread(x, b, n, rows, out, unit):
+    """Put a vector x (n,) into groups (groups, n, W) as row b, or zeros if b is a row that only fills a group up."""
+    size, width = size_of(unit), width_of(rows)
+    out += 4 * (width * n * (b // width) + b % width)
+    if width == 1:
         widen(x, n, out, unit)
         return
-    for b in range((rows + LANES - 1) // LANES * LANES):
-        p, q = x + size * stride * b, out + 64 * n * (b // LANES) + 4 * (b % LANES)
-        for j in range(n):
-            if b < rows:
-                put(q + 64 * j, get(p + size * j, unit), F32)
-            else:
-                put(q + 64 * j, 0.0, F32)
+    for j in range(n):
+        put(out + WIDTH * j, get(x + size * j, unit) if b < rows else F32, F32)
+
+
+@kernel
+def gather(x, n, rows, out):
+    """Vectors x (rows, n) into groups."""
+    for b in range(groups_of(rows) * width_of(rows)):
+        spread(x + 4 * n * b, b, n, rows, out, F32)
 
 
 @kernel
 def scatter(x, rows, n, out, stride):
     """Groups (groups, n, W) as vectors out (rows, n), `stride` numbers apart."""
-    if rows == 1:
-        widen(x, n, out, F32)
-        return
+    width = width_of(rows)
     for b in range(rows):
-        p, q = x + 64 * n * (b // LANES) + 4 * (b % LANES), out + 4 * stride * b
+        p, q = x + 4 * (width * n * (b // width) + b % width), out + 4 * stride * b
+        if width == 1:
+            widen(p, n, q, F32)
+            continue
         for j in range(n):
-            put(q + 4 * j, get(p + 64 * j, F32), F32)
-
-
-# ------------------------------------------------------------------------------------------------------------ attention
-
-@kernel
-def rotate(x, cos, sin, n, interleaved):
-    """Turn the pairs of x (n,) by the tables (n / 2,) of its position, in place."""
-    half = n // 2
-    for j in range(half):
-        p, q = x + 4 * j, x + 4 * (j + half)
-        if interleaved:
-            p, q = x + 8 * j, x + 8 * j + 4
-        a, b, c, s = get(p, F32), get(q, F32), get(cos + 4 * j, F32), get(sin + 4 * j, F32)
-        put(p, a * c - b * s, F32)
-        put(q, b * c + a * s, F32)
-
-
-@kernel
-def attend(q, heads, n, keys, values, stride, table, block, first, last, scale, scores, out, unit):
-    """Softmax attention of one row's queries (heads, n), which share a key head, over its keys number `first` to `last`.
-
-    Keys lie `stride` numbers apart within a block, `table` says where the blocks lie. Leaves in `out` the sums of
-    values (heads, n), not yet divided, and (heads, 2) the maximum of the scores and the sum of their powers.
-    `scores` has room for (heads, TILE) numbers.
-    """
-    size, stats = size_of(unit), out + 4 * heads * n
-    for j in range(heads * n):
-        put(out + 4 * j, 0.0, F32)
-    for h in range(heads):
-        put(stats + 8 * h, -np.inf, F32)
-        put(stats + 8 * h + 4, 0.0, F32)
-    for start in range(first, last, TILE):
-        count = min(TILE, last - start)
-        done = 0
-        while done < count:                                                       # a block at a time
-            at = start + done
-            slot = integer(table + 8 * (at // block)) * block + at % block
-            run = min(block - at % block, count - done)
-            for r in range(run):
-                key = keys + size * stride * (slot + r)
-                for h in range(heads):
-                    put(scores + 4 * (TILE * h + done + r), inner(key, q + 4 * n * h, n, unit) * scale, F32)
-            done += run
-        for h in range(heads):
-            rescale(scores + 4 * TILE * h, count, out + 4 * n * h, n, stats + 8 * h)
-        done = 0
-        while done < count:
-            at = start + done
-            slot = integer(table + 8 * (at // block)) * block + at % block
-            run = min(block - at % block, count - done)
-            for h in range(heads):
-                mix(scores + 4 * (TILE * h + done), values + size * stride * slot, run, stride, out + 4 * n * h, n,
-                    unit)
-            done += run
-
-
-@kernel
-def rescale(scores, count, out, n, stats):
-    """Scores to powers relative to the greatest score so far, and what was summed before along with it."""
-    before, weight = get(stats, F32), get(stats + 4, F32)
-    top = before
-    for i in range(count):
-        top = max(top, get(scores + 4 * i, F32))
-    for i in range(count, (count + LANES - 1) // LANES * LANES):
-        put(scores + 4 * i, -np.inf, F32)
-    share = power(before - top)
-    for j in range(n):
-        put(out + 4 * j, get(out + 4 * j, F32) * share, F32)
-    a = splat(0.0)
-    for i in range(0, count, LANES):
-        v = exp(add(load(scores + 4 * i, F32), splat(-top)))
-        store(scores + 4 * i, v)
-        a = add(a, v)
-    put(stats, top, F32)
-    put(stats + 4, weight * share + total(a), F32)
-
-
-@kernel
-def mix(shares, values, count, stride, out, n, unit):
-    """out (n,) += the sum of `count` values, each times its share."""
-    size, j = size_of(unit), 0
-    while j + LANES <= n:
-        a = load(out + 4 * j, F32)
-        for r in range(count):
-            a = fma(splat(get(shares + 4 * r, F32)), load(values + size * (stride * r + j), unit), a)
-        store(out + 4 * j, a)
-        j += LANES
-    while j < n:
-        s = get(out + 4 * j, F32)
-        for r in range(count):
-            s += get(shares + 4 * r, F32) * get(values + size * (stride * r + j), unit)
-        put(out + 4 * j, s, F32)
-        j += 1
-
-
-@kernel
-def join(partial, parts, piece, heads, n, out):
-    """The attention over all keys (heads, n) from that over `parts` of them, each as `attend` leaves it and `piece`
-    numbers apart."""
-    for h in range(heads):
-        top = np.float32(-np.inf)
-        for part in range(parts):
-            top = max(top, get(partial + 4 * (piece * part + heads * n + 2 * h), F32))
-        weight = np.float32(0)
-        for j in range(n):
-            put(out + 4 * (n * h + j), 0.0, F32)
-        for part in range(parts):
-            sums = partial + 4 * (piece * part + n * h)
-            stats = partial + 4 * (piece * part + heads * n + 2 * h)
-            if get(stats + 4, F32) > 0:
-                share = power(get(stats, F32) - top)
-                weight += share * get(stats + 4, F32)
-                for j in range(n):
-                    put(out + 4 * (n * h + j), get(out + 4 * (n * h + j), F32) + share * get(sums + 4 * j, F32), F32)
-        for j in range(n):
-            put(out + 4 * (n * h + j), get(out + 4 * (n * h + j), F32) / weight, F32)
+            put(q + 4 * j, get(p + WIDTH * j, F32), F32)

@@ -10,14 +10,15 @@ from enum import IntEnum, auto
 
 import numpy as np
 
-from mindseed.infer.kernels import (F32, LANES, add_to, attend, close, draw, enter, entry, finish, gate_with,
-                                    gather, join, kernel, norm_row, normalise, piece_rows, pieces, product, rotate,
-                                    scatter, wait, widen)
+from mindseed.infer.attention import attend, join, rotate
+from mindseed.infer.jit import entry, kernel
+from mindseed.infer.kernels import (F32, add_to, close, draw, enter, finish, gate_with, gather, groups_of, norm_row,
+                                    normalise, piece_rows, pieces, product, scatter, spread, wait, widen, width_of)
 
 
 class Plan(IntEnum):
-    """What a step is about, one integer each; sizes of memory are in float32 numbers. W is 1 for a single row, else
-    LANES; groups = rows / W."""
+    """What a step is about, one integer each; sizes of memory are in float32 numbers. W and groups: see
+    kernels.py."""
 
     ROWS = 0                         # B
     DIM = auto()
@@ -25,7 +26,8 @@ class Plan(IntEnum):
     LAYERS = auto()
     BLOCK = auto()                   # tokens to a block of the cache
     SPAN = auto()                    # keys to a piece of attention
-    PARTS = auto()                   # pieces of the longest row
+    PARTS = auto()                   # pieces of the longest row, as `begin` finds it
+    LENGTH = auto()                  # positions that the rotary tables know
     IDS = auto()                     # (B,) int64; 0: begin with the hidden vectors, past all layers
     POSITIONS = auto()               # (B,) int64
     EMBED = auto()                   # (V, D)
@@ -92,18 +94,36 @@ class Scale(IntEnum):
 
 @entry
 def begin(plan, layers, unit):
-    """Check that no address will lie outside of its memory, and write the embeddings. Returns 0, or what is wrong:
-    1 an id, 2 a position, 3 a table."""
-    rows, dim = plan[Plan.ROWS], plan[Plan.DIM]
+    """Check that no address will lie outside of its memory, divide attention, and write the embeddings. Returns 0, or
+    what is wrong: 1 an id, 2 a position, 3 a table, 4 the rotary tables are too short."""
+    rows, longest = plan[Plan.ROWS], 0
     if not plan[Plan.IDS]:
-        gather(plan[Plan.HIDDEN], dim, rows, dim, plan[Plan.X], F32)
+        gather(plan[Plan.HIDDEN], plan[Plan.DIM], rows, plan[Plan.X])
         return 0
     for b in range(rows):
         id = integer(plan[Plan.IDS] + 8 * b)
         if id < 0 or id >= plan[Plan.VOCAB]:
             return 1
+    wrong = misplaced(plan, layers)
+    if wrong:
+        return wrong
+    for b in range(rows):
+        longest = max(longest, integer(plan[Plan.POSITIONS] + 8 * b) + 1)
+    if longest > plan[Plan.LENGTH]:
+        return 4
     embed(plan, unit)
-    return misplaced_rows(plan, layers)
+    plan[Plan.PARTS] = pieces(longest, plan[Plan.SPAN])
+    return 0
+
+
+@entry
+def begin_attention(plan, layers):
+    """The same for attention alone."""
+    wrong, longest = misplaced(plan, layers), 0
+    for b in range(plan[Plan.ROWS]):
+        longest = max(longest, integer(plan[Plan.POSITIONS] + 8 * b) + 1)
+    plan[Plan.PARTS] = pieces(longest, plan[Plan.SPAN])
+    return wrong
 
 
 @kernel
@@ -113,7 +133,7 @@ def first_key(layer, position):
 
 
 @kernel
-def misplaced_rows(plan, layers):
+def misplaced(plan, layers):
     """0, or what is wrong: 2 a position, 3 a table."""
     block = plan[Plan.BLOCK]
     for index in range(plan[Plan.LAYERS]):
@@ -130,22 +150,12 @@ def misplaced_rows(plan, layers):
     return 0
 
 
-@entry
-def misplaced(plan, layers):
-    return misplaced_rows(plan, layers)
-
-
 @kernel
 def embed(plan, unit):
-    rows, dim, size = plan[Plan.ROWS], plan[Plan.DIM], size_of(unit)
-    for b in range(pieces(rows, LANES) * LANES if rows > 1 else 1):
-        if rows == 1:
-            widen(plan[Plan.EMBED] + size * dim * integer(plan[Plan.IDS]), dim, plan[Plan.X], unit)
-            continue
-        x = plan[Plan.X] + 64 * dim * (b // LANES) + 4 * (b % LANES)
+    rows, dim = plan[Plan.ROWS], plan[Plan.DIM]
+    for b in range(groups_of(rows) * width_of(rows)):
         id = integer(plan[Plan.IDS] + 8 * b) if b < rows else 0
-        for j in range(dim):
-            put(x + 64 * j, get(plan[Plan.EMBED] + size * (dim * id + j), unit) if b < rows else F32, F32)
+        spread(plan[Plan.EMBED] + size_of(unit) * dim * id, b, dim, rows, plan[Plan.X], unit)
 
 
 @entry
@@ -161,11 +171,10 @@ def decode(plan, layers, scales, generation, thread, unit, kv_unit):
         layer, scale = layers[index], scales[index]
         queries_keys_values(plan, layer, scale, 5 * index, memory, out, spare, unit)
         attention(plan, layer, scale, 5 * index + 1, spare, kv_unit, unit)
-        project(plan, layer[Layer.O], plan[Plan.MIXED], layer[Layer.HEADS] * layer[Layer.HEAD_DIM], True,
-                5 * index + 2, memory, out, spare, unit)
+        project(plan, layer[Layer.O], plan[Plan.MIXED], layer[Layer.HEADS] * layer[Layer.HEAD_DIM], 5 * index + 2,
+                memory, out, spare, unit)
         gated(plan, layer, scale, 5 * index + 3, memory, out, spare, unit)
-        project(plan, layer[Layer.DOWN], plan[Plan.WIDE], layer[Layer.FFN_DIM], False, 5 * index + 4, memory, out,
-                spare, unit)
+        project(plan, layer[Layer.DOWN], plan[Plan.WIDE], layer[Layer.FFN_DIM], 5 * index + 4, memory, out, spare, unit)
     if plan[Plan.LOGITS]:
         logits(plan, scales[count], 5 * count, memory, out, spare, unit)
     if thread:
@@ -190,10 +199,16 @@ def attend_rows(plan, layers, scales, generation, thread, unit, kv_unit):
         close(plan[Plan.STATE])
 
 
+@entry
+def settle(plan):
+    """After an interruption of thread 0: let no more threads in, and wait for those inside."""
+    close(plan[Plan.STATE])
+
+
 @kernel
 def queries_keys_values(plan, layer, scale, phase, x, out, spare, unit):
     rows, dim, counters = plan[Plan.ROWS], plan[Plan.DIM], plan[Plan.COUNTERS]
-    width = 1 if rows == 1 else LANES
+    width = width_of(rows)
     of_q, of_k = layer[Layer.HEADS] * layer[Layer.HEAD_DIM], layer[Layer.KV_HEADS] * layer[Layer.HEAD_DIM]
     step = piece_rows(dim, unit)
     in_q, in_k = pieces(of_q, step), pieces(of_k, step)
@@ -213,8 +228,9 @@ def queries_keys_values(plan, layer, scale, phase, x, out, spare, unit):
         first, last = step * at, min(count, step * at + step)
         product(weight, first, last, x, dim, rows, out, spare, unit)
         n = width * (last - first)
-        for group in range(pieces(rows, width)):
-            widen(out + 4 * n * group, n, plan[Plan.QKV] + 4 * width * ((of_q + 2 * of_k) * group + before + first), F32)
+        for group in range(groups_of(rows)):
+            target = plan[Plan.QKV] + 4 * width * ((of_q + 2 * of_k) * group + before + first)
+            widen(out + 4 * n * group, n, target, F32)
         finish(counters, phase)
         piece = draw(counters, phase)
     wait(counters, phase, todo)
@@ -293,7 +309,7 @@ def append(plan, layer, scale, b, g, position, spare, kv_unit, unit):
 @kernel
 def fetch(plan, layer, b, first, out):
     """K of the numbers of q, k and v of one row."""
-    width = 1 if plan[Plan.ROWS] == 1 else LANES
+    width = width_of(plan[Plan.ROWS])
     total_rows = (layer[Layer.HEADS] + 2 * layer[Layer.KV_HEADS]) * layer[Layer.HEAD_DIM]
     source = plan[Plan.QKV] + 4 * (width * (total_rows * (b // width) + first) + b % width)
     for j in range(layer[Layer.HEAD_DIM]):
@@ -308,24 +324,24 @@ def turn(layer, position, x):
 
 
 @kernel
-def project(plan, weight, source, n, by_row, phase, x, out, spare, unit):
-    """The residual stream += weight (D, n) times the source, (B, n) if `by_row`, else in groups."""
+def project(plan, weight, source, n, phase, x, out, spare, unit):
+    """The residual stream += weight (D, n) times the source, MIXED or WIDE."""
     rows, dim, counters = plan[Plan.ROWS], plan[Plan.DIM], plan[Plan.COUNTERS]
-    width = 1 if rows == 1 else LANES
+    width = width_of(rows)
     step = piece_rows(n, unit)
     todo = pieces(dim, step)
-    ready = rows == 1 or not by_row
+    ready = width == 1 or source != plan[Plan.MIXED]                              # (B, n) is (groups, n, 1) if W = 1
     if ready:
         x = source
     piece = draw(counters, phase)
     while piece < todo:
         if not ready:
-            gather(source, n, rows, n, x, F32)
+            gather(source, n, rows, x)
             ready = True
         first, last = step * piece, min(dim, step * piece + step)
         product(weight, first, last, x, n, rows, out, spare, unit)
         size = width * (last - first)
-        for group in range(pieces(rows, width)):
+        for group in range(groups_of(rows)):
             add_to(plan[Plan.X] + 4 * width * (dim * group + first), out + 4 * size * group, size)
         finish(counters, phase)
         piece = draw(counters, phase)
@@ -336,7 +352,7 @@ def project(plan, weight, source, n, by_row, phase, x, out, spare, unit):
 def gated(plan, layer, scale, phase, x, out, spare, unit):
     """silu(gate) * up, in groups."""
     rows, dim, counters, count = plan[Plan.ROWS], plan[Plan.DIM], plan[Plan.COUNTERS], layer[Layer.FFN_DIM]
-    width = 1 if rows == 1 else LANES
+    width = width_of(rows)
     step = piece_rows(dim, unit)
     todo = pieces(count, step)
     ready = False
@@ -346,7 +362,7 @@ def gated(plan, layer, scale, phase, x, out, spare, unit):
             normalise(plan[Plan.X], layer[Layer.FFN_NORM], scale[Scale.FFN_EPS], dim, rows, x, unit)
             ready = True
         first, last = step * piece, min(count, step * piece + step)
-        groups, size = pieces(rows, width), width * (last - first)
+        groups, size = groups_of(rows), width * (last - first)
         product(layer[Layer.GATE], first, last, x, dim, rows, out, spare, unit)
         product(layer[Layer.UP], first, last, x, dim, rows, out + 4 * size * groups, spare, unit)
         for group in range(groups):

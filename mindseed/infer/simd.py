@@ -3,7 +3,7 @@
 numba compiles Python's numbers and loops. Kernels that read weights as fast as memory gives them, on several threads
 at once, need three things more, each a line or two of LLVM:
 
-    lanes      sixteen float32 at once: load, store, splat, fma, total. One AVX-512 register, two of AVX2, four of NEON
+    lanes      float32 side by side, sixteen in a register of AVX-512, else eight: load, store, splat, fma, total
     addresses  memory by its number, so that one table of integers names every weight of a model
     atomics    a counter that threads draw their work from, and a way to step aside while another one finishes
 
@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from functools import cache
 
-LANES = 16
+from mindseed.base.hardware import cpu_info
+
+LANES = 16 if "avx512f" in cpu_info().get("flags", "").split() else 8
 
 
 @cache
@@ -27,7 +30,7 @@ def primitives() -> dict[str, object]:
     from numba.extending import intrinsic, models, register_model
 
     class Lanes(types.Type):
-        """Sixteen float32 in registers."""
+        """LANES float32 in registers."""
 
         def __init__(self) -> None:
             super().__init__(name="Lanes")
@@ -55,7 +58,8 @@ def primitives() -> dict[str, object]:
 
             arity = len(kinds) + unit
             spelled = {1: lambda context, a: typed(a), 2: lambda context, a, b: typed(a, b),
-                       3: lambda context, a, b, c: typed(a, b, c)}[arity]
+                       3: lambda context, a, b, c: typed(a, b, c),
+                       6: lambda context, a, b, c, d, e, f: typed(a, b, c, d, e, f)}[arity]
             spelled.__name__ = emit.__name__
             found[emit.__name__] = intrinsic(spelled)
         return wrap
@@ -117,10 +121,10 @@ def primitives() -> dict[str, object]:
     @define(lanes, lanes)
     def exp(builder, a):
         """2^n e^f with n whole, which goes into the exponent, and |f| <= log(2) / 2, where a series is short."""
-        for name, border in (("maxnum", -87.0), ("minnum", 88.0)):
-            a = call(builder, f"llvm.{name}.v{LANES}f32", vector, a, repeat(border))
+        for beyond, border in (("<", -87.0), (">", 88.0)):                        # a NaN is neither, and stays
+            a = builder.select(builder.fcmp_ordered(beyond, a, repeat(border)), repeat(border), a)
         whole = call(builder, f"llvm.rint.v{LANES}f32", vector, builder.fmul(a, repeat(1 / math.log(2))))
-        rest, high = a, 0.693359375                                               # log(2) to nine bits, and what is left
+        rest, high = a, 0.693359375               # log(2) to nine bits, and what is left
         for part in (high, math.log(2) - high):
             rest = call(builder, f"llvm.fma.v{LANES}f32", vector, whole, repeat(-part), rest)
         series = repeat(1 / math.factorial(7))
@@ -129,16 +133,44 @@ def primitives() -> dict[str, object]:
         shift = builder.shl(builder.fptosi(whole, vector_bits), repeat(23, vector_bits))
         return builder.bitcast(builder.add(builder.bitcast(series, vector_bits), shift), vector)
 
+    @define(lanes, lanes, lanes)
+    def greater(builder, a, b):
+        return call(builder, f"llvm.maxnum.v{LANES}f32", vector, a, b)
+
+    def choose(builder, a, b, lanes):
+        """The lanes of a, followed by b's, that are asked for."""
+        return builder.shuffle_vector(a, b, ir.VectorType(bits, len(lanes))(list(lanes)))
+
+    def fold(builder, value, combine, size=1):
+        """Halves upon halves, until `size` lanes are left."""
+        width = LANES
+        while width > size:
+            width //= 2
+            value = combine(*(choose(builder, value, value, range(at, at + width)) for at in (0, width)))
+        return value
+
     @define(f32, lanes)
     def total(builder, value):
-        """The sum of the lanes, halves upon halves."""
-        size = LANES
-        while size > 1:
-            size //= 2
-            low, high = (builder.shuffle_vector(value, value, ir.VectorType(bits, size)([i + at for i in range(size)]))
-                         for at in (0, size))
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, bits(0))
+        return builder.extract_element(fold(builder, value, builder.fadd), bits(0))
+
+    @define(f32, lanes)
+    def peak(builder, value):
+        """The greatest of the lanes."""
+        def combine(a, b):
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+        return builder.extract_element(fold(builder, value, combine), bits(0))
+
+    @define(types.void, i64, lanes, lanes, lanes, lanes, f32)
+    def put_totals(builder, address, a, b, c, d, scale):
+        """The sums of four, times `scale`, side by side: quarters are added, then turned so that four of them meet."""
+        rows = [fold(builder, value, builder.fadd, 4) for value in (a, b, c, d)]
+        for _ in range(2):                        # neighbours are added: 4 rows of 4 lanes, 2 of 4, 1 of 4
+            rows = [builder.fadd(choose(builder, x, y, (0, 2, 4, 6)), choose(builder, x, y, (1, 3, 5, 7)))
+                    for x, y in zip(rows[::2], rows[1::2])]
+        four = ir.VectorType(single, 4)
+        times = builder.insert_element(four(ir.Undefined), scale, bits(0))
+        sums = builder.fmul(rows[0], choose(builder, times, times, (0, 0, 0, 0)))
+        builder.store(sums, pointer(builder, address, four), align=4)
 
     # ----------------------------------------------------------------------------------------------------- addresses
 
@@ -189,6 +221,14 @@ def primitives() -> dict[str, object]:
         """Write `new` if `old` is still there; whether it was."""
         pair = builder.cmpxchg(pointer(builder, address, word), old, new, "seq_cst", "seq_cst")
         return builder.extract_value(pair, 1)
+
+    @define(types.void, i64)
+    def pause(builder, _):
+        """Tell the core that this thread waits in a loop, so that its other thread runs faster."""
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        elif platform.machine().lower() in ("aarch64", "arm64"):
+            call(builder, "llvm.aarch64.hint", ir.VoidType(), bits(1))
 
     @define(types.void, i64)
     def step_aside(builder, _):

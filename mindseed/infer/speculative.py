@@ -36,14 +36,14 @@ def drafter_of(kind: str, tokens: int, model: LM, draft_model: LM | None) -> Dra
     """The drafter that a configuration asks for. UserError if the model cannot have it."""
     if draft_model is not None and kind != "model":
         raise UserError(f'a draft model was given, but draft="{kind}"; say draft="model" to use it')
-    if kind == "none":
+    if kind == "off":
         return Drafter(0)
     for name, one in (("the model", model), ("the draft model", draft_model)):
         if one is not None and any(spec.per_seq for spec in one.state_specs()):
-            raise UserError(f"{name} has linear attention, whose memory cannot take back a wrong guess; use draft=none")
+            raise UserError(f"{name} has linear attention, whose memory cannot take back a wrong guess; use draft=off")
         ropes = [] if one is None else [getattr(layer.mixer, "rope", None) for layer in one.config.layers]
         if any(rope is not None and rope.depends_on_length for rope in ropes):
-            raise UserError(f"{name} has dynamic rope scaling: a guess would change all angles; use draft=none")
+            raise UserError(f"{name} has dynamic rope scaling: a guess would change all angles; use draft=off")
     if kind == "mtp":
         if not model.mtp:
             raise UserError("the model has no modules for further tokens (model.mtp), so it cannot draft by itself; "

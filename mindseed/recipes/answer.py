@@ -30,8 +30,8 @@ class AnswerOptions:
     max_new: int = option(512, help="longest answer, in tokens", elsewhere=("max_new_tokens", "max_tokens"))
     stop: tuple[str, ...] = option((), help="end an answer at any of these texts")
     device: str = option("auto", help="cpu, cuda, mps, or auto")
-    draft: Literal["none", "ngram", "mtp"] = option(
-        "none", help="guess tokens ahead, for the same answers sooner: from what was said before (ngram), or by the "
+    draft: Literal["off", "ngram", "mtp"] = option(
+        "off", help="guess tokens ahead, for the same answers sooner: from what was said before (ngram), or by the "
                      "model's own modules for further tokens (mtp)")
     dtype: str = option("auto", help="fp32, bf16, or auto: fp32 on a CPU, bf16 elsewhere")
 

@@ -103,7 +103,7 @@ class Conversation:
 
     def fit(self) -> list[int]:
         """The ids of the prompt; forgets the oldest turns while they leave too little room for an answer."""
-        limit = self.loaded.model.config.seq_len
+        limit = self.engine.limit
         head = 1 if self.system else 0
         while True:
             ids, _ = encode_chat(self.loaded.tokenizer, self.messages, generation_prompt=True, thinking=self.thinking,

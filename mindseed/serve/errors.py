@@ -1,6 +1,7 @@
 """One shape for all that goes wrong: {"error": {"message", "type", "param", "code"}}, as OpenAI's clients expect it.
 
-Whatever a client can cause is a status from 400 to 429 and says which field and what to do; 500 and 503 are faults of ours.
+Whatever a client can cause is a status from 400 to 429 and says which field and what to do; 500 and 503 are faults of
+ours.
 """
 from __future__ import annotations
 

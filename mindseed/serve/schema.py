@@ -53,7 +53,8 @@ class ToolCall(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], SOON, Field(max_length=4096)] | None = Field(None, description="text, or a list of text parts")
+    content: str | Annotated[list[Part], SOON, Field(max_length=4096)] | None = Field(
+        None, description="text, or a list of text parts")
     reasoning_content: str | None = Field(None, description="an assistant's thoughts; absent: it had none")
     reasoning: str | None = Field(None, description="the same under another name")
     reasoning_text: str | None = Field(None, description="the same under FastGPT's name")
