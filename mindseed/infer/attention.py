@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from mindseed.infer.jit import kernel
-from mindseed.infer.kernels import F32, WIDTH, inner, pieces, power
-from mindseed.infer.simd import LANES
+from mindseed.infer.kernels import F32, inner, pieces, power
+from mindseed.infer.simd import LANES, WIDTH
 
 TILE = 256                                        # keys whose scores are held at once
 

@@ -192,11 +192,12 @@ class FusedStep:
         dim, group = m.config.dim, rows if rows <= FEW else -(-rows // LANES) * LANES
         wide = max(int(n) for n in self.layers[:, Layer.FFN_DIM])
         mixed = max(c.heads * c.head_dim for c in configs)
-        piece = max(8, CHUNK // (2 * min(dim, mixed, wide)))                      # most rows of weights
+        width = 2 if self.dtype == torch.bfloat16 else 4                          # bytes
+        piece = max(8, CHUNK // (width * min(dim, mixed, wide)))                  # most rows of weights
         heads = max(c.heads // c.kv_heads * (c.head_dim + TILE) for c in configs) + max(c.head_dim for c in configs)
         plan[Plan.ROWS], plan[Plan.INPUT_SIZE] = rows, lines(group * max(dim, mixed))
         plan[Plan.OUTPUT_SIZE] = lines(2 * group * piece)
-        rest = lines(max(heads, 8 * max(dim, mixed, wide)))
+        rest = lines(max(heads, CHUNK // 2, 8 * max(dim, mixed, wide)))           # attention's, or widened weights
         plan[Plan.PRIVATE_SIZE] = plan[Plan.INPUT_SIZE] + plan[Plan.OUTPUT_SIZE] + rest
         plan[Plan.PRIVATE] = room.floats("private", threads * int(plan[Plan.PRIVATE_SIZE]))
         plan[Plan.X] = room.floats("x", group * dim)

@@ -18,13 +18,12 @@ from __future__ import annotations
 import numpy as np
 
 from mindseed.infer.jit import kernel
-from mindseed.infer.simd import LANES
+from mindseed.infer.simd import LANES, WIDTH
 
 F32 = np.float32(0)                               # the unit of what is not weights or cache
 CHUNK = 32768                                     # bytes of weights to a piece of work
 AHEAD = 4096                                      # bytes that a row of weights is fetched ahead of its use
 FEW = 6                                           # rows that are groups of their own
-WIDTH = 4 * LANES                                 # bytes of one number of a group
 TWO = LANES == 16                                 # whether there are registers for two groups at once
 LINE = 128                                        # bytes between counters: each has cache lines of its own
 PATIENCE = 2000                                   # looks at a counter before the core is offered to others
@@ -137,80 +136,6 @@ def two_dots(w, x, y, n, unit):
 
 
 @kernel
-def tile(w, x, n, out):
-    """Eight rows of float32 weights times a group of vectors (n, W): out (8, W). Has the next eight rows fetched."""
-    a = splat(0.0)
-    b, c, d, e, f, g, h = a, a, a, a, a, a, a
-    s = 4 * n
-    for j in range(n):
-        p, v = w + 4 * j, load(x + WIDTH * j, F32)
-        if j % 16 == 0:
-            for row in range(8, 16):
-                prefetch(p + s * row)
-        a = fma(splat(get(p, F32)), v, a)
-        b = fma(splat(get(p + s, F32)), v, b)
-        c = fma(splat(get(p + 2 * s, F32)), v, c)
-        d = fma(splat(get(p + 3 * s, F32)), v, d)
-        e = fma(splat(get(p + 4 * s, F32)), v, e)
-        f = fma(splat(get(p + 5 * s, F32)), v, f)
-        g = fma(splat(get(p + 6 * s, F32)), v, g)
-        h = fma(splat(get(p + 7 * s, F32)), v, h)
-    store_eight(out, a, b, c, d, e, f, g, h)
-
-
-@kernel
-def two_tiles(w, x, y, n, out, out_y):
-    """The same for two groups at once, where registers suffice: every weight is looked up once for both."""
-    a = splat(0.0)
-    b, c, d, e, f, g, h, i, j, k, l, m, o, p, q = a, a, a, a, a, a, a, a, a, a, a, a, a, a, a
-    s = 4 * n
-    for at in range(n):
-        r, v, u = w + 4 * at, load(x + WIDTH * at, F32), load(y + WIDTH * at, F32)
-        if at % 16 == 0:
-            for row in range(8, 16):
-                prefetch(r + s * row)
-        t = splat(get(r, F32))
-        a, i = fma(t, v, a), fma(t, u, i)
-        t = splat(get(r + s, F32))
-        b, j = fma(t, v, b), fma(t, u, j)
-        t = splat(get(r + 2 * s, F32))
-        c, k = fma(t, v, c), fma(t, u, k)
-        t = splat(get(r + 3 * s, F32))
-        d, l = fma(t, v, d), fma(t, u, l)
-        t = splat(get(r + 4 * s, F32))
-        e, m = fma(t, v, e), fma(t, u, m)
-        t = splat(get(r + 5 * s, F32))
-        f, o = fma(t, v, f), fma(t, u, o)
-        t = splat(get(r + 6 * s, F32))
-        g, p = fma(t, v, g), fma(t, u, p)
-        t = splat(get(r + 7 * s, F32))
-        h, q = fma(t, v, h), fma(t, u, q)
-    store_eight(out, a, b, c, d, e, f, g, h)
-    store_eight(out_y, i, j, k, l, m, o, p, q)
-
-
-@kernel
-def store_eight(out, a, b, c, d, e, f, g, h):
-    store(out, a)
-    store(out + WIDTH, b)
-    store(out + 2 * WIDTH, c)
-    store(out + 3 * WIDTH, d)
-    store(out + 4 * WIDTH, e)
-    store(out + 5 * WIDTH, f)
-    store(out + 6 * WIDTH, g)
-    store(out + 7 * WIDTH, h)
-
-
-@kernel
-def strip(w, x, n, out, unit):
-    """One row of weights times a group of vectors: out (W,)."""
-    a, size = splat(0.0), size_of(unit)
-    for j in range(n):
-        a = fma(splat(get(w + size * j, unit)), load(x + WIDTH * j, F32), a)
-    store(out, a)
-
-
-@kernel
 def inner(x, y, n, unit):
     """x (of `unit`) times y, for short vectors."""
     size, j = size_of(unit), 0
@@ -239,8 +164,8 @@ def widen(source, n, target, unit):
 
 @kernel
 def product(w, first, last, x, n, rows, out, spare, unit):
-    """Rows `first` to `last` of the weights (.., n) times x (groups, n, W): out (groups, last - first, W). Narrow
-    weights are widened, eight rows at a time, into `spare`."""
+    """Rows `first` to `last` of the weights (.., n) times x (groups, n, W): out (groups, last - first, W). Where rows
+    lie side by side, narrow weights are widened into `spare` first."""
     size, count, groups = size_of(unit), last - first, groups_of(rows)
     w += size * n * first
     if width_of(rows) == 1:
@@ -254,23 +179,23 @@ def product(w, first, last, x, n, rows, out, spare, unit):
             if group < groups:
                 put(out + 4 * (count * group + r), dot(source, x + 4 * n * group, n, unit), F32)
         return
-    whole = count // 8 * 8
-    for r in range(0, whole, 8):
-        source = w + size * n * r
-        if size != 4:
-            widen(source, 8 * n, spare, unit)
-            source = spare
-        group, target = 0, out + WIDTH * r
-        while TWO and group + 2 <= groups:
-            two_tiles(source, x + WIDTH * n * group, x + WIDTH * n * (group + 1), n, target + WIDTH * count * group,
-                      target + WIDTH * count * (group + 1))
-            group += 2
-        while group < groups:
-            tile(source, x + WIDTH * n * group, n, target + WIDTH * count * group)
-            group += 1
-    for r in range(whole, count):
-        for group in range(groups):
-            strip(w + size * n * r, x + WIDTH * n * group, n, out + WIDTH * (count * group + r), unit)
+    if size != 4:
+        widen(w, count * n, spare, unit)
+        w = spare
+    group, whole, gap, out_gap = 0, count // 8 * 8, WIDTH * n, WIDTH * count
+    while group < groups:
+        source, target = x + gap * group, out + out_gap * group
+        both = TWO and group + 2 <= groups
+        for r in range(0, whole, 8):
+            if both:
+                tile_of_eight_for_two(w + 4 * n * r, 4 * n, source, n, gap, target + WIDTH * r, out_gap)
+            else:
+                tile_of_eight(w + 4 * n * r, 4 * n, source, n, gap, target + WIDTH * r, out_gap)
+        for r in range(whole, count):
+            tile_of_one(w + 4 * n * r, 4 * n, source, n, gap, target + WIDTH * r, out_gap)
+            if both:
+                tile_of_one(w + 4 * n * r, 4 * n, source + gap, n, gap, target + out_gap + WIDTH * r, out_gap)
+        group += 2 if both else 1
 
 
 @kernel

@@ -20,6 +20,7 @@ from functools import cache
 from mindseed.base.hardware import cpu_info
 
 LANES = 16 if "avx512f" in cpu_info().get("flags", "").split() else 8
+WIDTH = 4 * LANES                                 # bytes
 
 
 @cache
@@ -59,7 +60,8 @@ def primitives() -> dict[str, object]:
             arity = len(kinds) + unit
             spelled = {1: lambda context, a: typed(a), 2: lambda context, a, b: typed(a, b),
                        3: lambda context, a, b, c: typed(a, b, c),
-                       6: lambda context, a, b, c, d, e, f: typed(a, b, c, d, e, f)}[arity]
+                       6: lambda context, a, b, c, d, e, f: typed(a, b, c, d, e, f),
+                       7: lambda context, a, b, c, d, e, f, g: typed(a, b, c, d, e, f, g)}[arity]
             spelled.__name__ = emit.__name__
             found[emit.__name__] = intrinsic(spelled)
         return wrap
@@ -92,10 +94,13 @@ def primitives() -> dict[str, object]:
     def store(builder, address, value):
         builder.store(value, pointer(builder, address, vector), align=4)
 
-    @define(lanes, f32)
-    def splat(builder, number):
+    def spread(builder, number):
         one = builder.insert_element(vector(ir.Undefined), number, bits(0))
         return builder.shuffle_vector(one, vector(ir.Undefined), repeat(0, vector_bits))
+
+    @define(lanes, f32)
+    def splat(builder, number):
+        return spread(builder, number)
 
     @define(lanes, lanes, lanes)
     def add(builder, a, b):
@@ -198,11 +203,77 @@ def primitives() -> dict[str, object]:
     def integer(builder, address):
         return builder.load(pointer(builder, address, word), align=8)
 
+    def touch(builder, address):
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, ir.IntType(8)), bits(0), bits(3),
+             bits(1))
+
     @define(types.void, i64)
     def prefetch(builder, address):
         """Have the cache line at this address fetched; it may lie outside of any memory we own."""
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, ir.IntType(8)), bits(0), bits(3),
-             bits(1))
+        touch(builder, address)
+
+    # --------------------------------------------------------------------------------------------------------- tiles
+
+    def tile(builder, rows, groups, columns, weights, step, x, n, gap, out, out_gap):
+        """`rows` rows of float32 weights, `step` bytes apart, times `groups` groups of vectors (n, W), `gap` bytes
+        apart, with all sums in registers: out (rows, W) for every group, `out_gap` bytes apart.
+
+        A number of the weights is looked up once and multiplied into all groups. `columns` columns are written out at a
+        time, and meanwhile part of the next rows is fetched: 16 columns are a cache line, so every fourth row.
+        """
+        def times(value, number):
+            return builder.mul(value, word(number))
+
+        def loop(first, columns, sums):
+            """Add columns from `first` on, as long as there are so many; (where it ended, sums)."""
+            before, head = builder.block, builder.append_basic_block("columns")
+            body, end = builder.append_basic_block("add"), builder.append_basic_block("added")
+            builder.branch(head)
+            builder.position_at_end(head)
+            j, kept = builder.phi(word), [builder.phi(vector) for _ in sums]
+            builder.cbranch(builder.icmp_signed("<=", builder.add(j, word(columns)), n), body, end)
+            builder.position_at_end(body)
+            at, new = builder.add(weights, times(j, 4)), list(kept)
+            vectors = [[builder.load(pointer(builder, builder.add(builder.add(x, times(builder.add(j, word(u)), WIDTH)),
+                                                                  times(gap, g)), vector), align=4)
+                        for g in range(groups)] for u in range(columns)]
+            if rows >= 8 and columns == 4:
+                turn = builder.and_(builder.lshr(j, word(2)), word(3))
+                for row in range(rows, 2 * rows, 4):
+                    touch(builder, builder.add(at, builder.mul(step, builder.add(turn, word(row)))))
+            for r in range(rows):
+                for u in range(columns):
+                    number = builder.load(pointer(builder, builder.add(at, word(4 * u)), single), align=4)
+                    for g in range(groups):
+                        i = r * groups + g
+                        new[i] = call(builder, f"llvm.fma.v{LANES}f32", vector, spread(builder, number), vectors[u][g],
+                                      new[i])
+                at = builder.add(at, step)
+            for phi, start, value in ((j, first, builder.add(j, word(columns))), *zip(kept, sums, new)):
+                phi.add_incoming(start, before)
+                phi.add_incoming(value, body)
+            builder.branch(head)
+            builder.position_at_end(end)
+            return j, kept
+
+        j, sums = loop(word(0), columns, [repeat(0.0)] * (rows * groups))
+        if columns > 1:
+            j, sums = loop(j, 1, sums)
+        for i, value in enumerate(sums):
+            target = builder.add(out, builder.add(word(WIDTH * (i // groups)), times(out_gap, i % groups)))
+            builder.store(value, pointer(builder, target, vector), align=4)
+
+    @define(types.void, *[i64] * 7)
+    def tile_of_eight(builder, *given):
+        tile(builder, 8, 1, 4, *given)
+
+    @define(types.void, *[i64] * 7)
+    def tile_of_eight_for_two(builder, *given):
+        tile(builder, 8, 2, 4, *given)
+
+    @define(types.void, *[i64] * 7)
+    def tile_of_one(builder, *given):
+        tile(builder, 1, 1, 1, *given)
 
     # ------------------------------------------------------------------------------------------------------- atomics
 
