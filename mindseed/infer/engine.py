@@ -302,8 +302,9 @@ class Engine:
         accepted = {id(sequence): 0 for sequence, _ in verified}
         while going := [one for one in going if one[0].alive and self.may_go_on(one[0].owner)]:
             index = [at + ahead for _, _, at, ahead in going]
-            hidden = passed.hidden if index == list(range(len(passed.hidden))) else passed.hidden[index]
-            logits = self.runner.head(hidden)                                     # (R, V)
+            source = passed.hidden if passed.logits is None else passed.logits
+            source = source if index == list(range(len(source))) else source[index]
+            logits = self.runner.head(source) if passed.logits is None else source       # (R, V)
             answers = [sequence.owner for sequence, *_ in going]
             try:
                 choice = choose(logits, [answer.chooser for answer in answers])

@@ -25,10 +25,12 @@ PADDING = 1.25                                    # a group is at most this much
 
 @dataclass(frozen=True)
 class Passed:
-    """Hidden vectors of all tokens of a pass, (N, D); those of work i begin at `offsets[i]`."""
+    """Hidden vectors of all tokens of a pass, (N, D); those of work i begin at `offsets[i]`. The logits (N, V) of the
+    tokens that follow are there if it was cheapest to compute them at once."""
 
     hidden: Tensor
     offsets: list[int]
+    logits: Tensor | None = None
 
 
 class Runner:
@@ -49,6 +51,9 @@ class Runner:
     def run(self, work: list[Work]) -> Passed:
         """Compute what the works say, guesses included, and keep it in the cache."""
         sizes = [w.count + len(w.drafts) for w in work]
+        if isinstance(self.fused, FusedStep) and max(sizes) == 1:
+            hidden, logits = self.fused.logits(*self.inputs(work))
+            return Passed(hidden, list(range(len(work))), logits[:, :self.vocab])
         order: list[int] = []
         parts: list[Tensor] = []
         decoding = [i for i, size in enumerate(sizes) if size == 1]
@@ -65,13 +70,17 @@ class Runner:
 
     def decode(self, work: list[Work]) -> Tensor:
         """One token of every row: (B, D)."""
+        ids, positions, tables = self.inputs(work)
+        if self.fused is not None:
+            return self.fused(ids, positions, tables)
+        return self.step(ids, positions[:, None], self.pages([w.sequence for w in work], tables))
+
+    def inputs(self, work: list[Work]) -> tuple[Tensor, Tensor, dict[int | None, Tensor]]:
+        """Ids (B,), positions (B,) and tables of rows with one token each."""
         rows = [w.sequence for w in work]
         ids = torch.tensor([s.ids[w.start] if w.count else w.drafts[0] for s, w in zip(rows, work)],
                            device=self.device)
-        positions = torch.tensor([w.start for w in work], device=self.device)
-        if self.fused is not None:
-            return self.fused(ids, positions, self.tables(rows))
-        return self.step(ids, positions[:, None], self.pages(rows))
+        return ids, torch.tensor([w.start for w in work], device=self.device), self.tables(rows)
 
     def read(self, work: list[Work], sizes: list[int]) -> list[Tensor]:
         """Several tokens of every row: (size, D) for each."""
@@ -92,9 +101,9 @@ class Runner:
             found[window] = torch.tensor([t + [0] * (width - len(t)) for t in tables], device=self.device)
         return found
 
-    def pages(self, rows: list[Sequence]) -> Pages:
+    def pages(self, rows: list[Sequence], tables: dict[int | None, Tensor] | None = None) -> Pages:
         slots = torch.tensor([s.slot for s in rows], device=self.device) if self.cache.slots else None
-        return Pages(self.cache, self.tables(rows), slots)
+        return Pages(self.cache, self.tables(rows) if tables is None else tables, slots)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (R, V) of hidden vectors (R, D)."""
