@@ -26,7 +26,7 @@ studio: $(VENV)/.ui  ## the studio in the browser, with the models and runs unde
 	@$(BIN)/mindseed ui $(ARGS)
 
 test: $(VENV)/.test  ## the whole test suite (ARGS="-m parity" for a part of it)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.bench  ## measure the figures of docs/BENCHMARKS.md on this machine
 	@$(BIN)/python -m benchmarks $(ARGS)
@@ -75,7 +75,7 @@ $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@echo "[+] what the tests need: pytest, hypothesis, transformers, pyarrow, zstandard, the server and its clients, the studio"
+	@echo "[+] what the tests need: pytest and xdist, hypothesis, transformers, pyarrow, zstandard, the server and its clients, the studio"
 	@$(PIP) --constraint $(LIMIT) --editable ".[test,parity,parquet,zstd,serve,ui]"
 	@touch $@
 

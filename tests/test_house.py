@@ -34,6 +34,7 @@ APART = ("mindseed.serve", "mindseed.ui")          # rooms about one extra, whic
 CORE_DEPENDENCIES = ["torch", "numpy", "safetensors", "tokenizers", "jinja2", "filelock", "tyro", "rich"]
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, for every module of the package."""
     found = {}

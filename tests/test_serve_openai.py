@@ -322,7 +322,8 @@ def test_json_by_schema(client):
     ({"guided_json": SCHEMA}, lambda text: json.loads(text)["size"]),
     ({"guided_regex": "[ab]{3}c"}, lambda text: len(text) == 4 and text[3] == "c" and set(text[:3]) <= {"a", "b"}),
     ({"guided_choice": ["yes", "no"]}, lambda text: text in ("yes", "no")),
-    ({"structured_outputs": {"choice": ["yes", "no"]}}, lambda text: text in ("yes", "no"))], ids=str)
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, lambda text: text in ("yes", "no"))],
+    ids=["json", "regex", "choice", "structured"])
 def test_vllms_ways_to_say_it(client, extra, good):
     chat = client.chat.completions.create(model="mini", messages=HI, extra_body=extra).choices[0]
     text = client.completions.create(model="mini", prompt="x", max_tokens=99, extra_body=extra).choices[0]
