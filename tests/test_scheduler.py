@@ -68,10 +68,13 @@ class World:
         assert spent <= scheduler.chunk
         first = min(scheduler.running)
         assert any(w.sequence is first for w in plan.work), "who comes first must always go on"
-        if scheduler.preemptions > preemptions:                       # the last were sent away, nobody came
-            gone = [s for s in before if s not in scheduler.running]
-            assert gone and min(gone) > max(s for s in before if s in scheduler.running)
-            assert set(map(id, scheduler.running)) <= set(map(id, before))
+        if scheduler.preemptions > preemptions:   # the last were sent away, and nobody came but those they gave way to
+            gone, stayed = ([s for s in before if (s in scheduler.running) == here] for here in (False, True))
+            assert gone and (not stayed or min(gone) > max(stayed))
+            assert all(s.priority < min(gone).priority for s in scheduler.running if s not in stayed)
+        if scheduler.waiting:
+            waits = min(scheduler.waiting).priority
+            assert not any(w.count > 1 and w.sequence.priority > waits for w in plan.work), "reads before its turn"
 
     def compute(self, work, writes) -> None:
         s = work.sequence
@@ -209,6 +212,20 @@ def test_the_lower_priority_number_is_admitted_first_and_preempted_last():
     high = world.add([2] * 4, 8, priority=0)
     run(world)
     assert low.preempted and not high.preempted and late.preempted == 0
+
+
+def test_who_is_more_urgent_waits_for_nobody_less_urgent():
+    for more in ({"max_seqs": 2}, {"count": 14, "size": 2}, {"chunk": 4}):        # seats, blocks, budget are short
+        world = world_of(**{"count": 60, "chunk": 40, **more})
+        idle = [world.add([i] * (25 if "chunk" in more else 9), 30, priority=5) for i in (1, 2)]
+        for _ in range(2):
+            world.step()
+        urgent = world.add([3] * 9, 3, priority=-1)
+        for _ in range(3 + 9 // 4):
+            world.step()
+        assert len(urgent.ids) > 9, more
+        run(world)
+        assert not any(s.alive for s in (*idle, urgent))
 
 
 def test_of_equals_the_latest_is_preempted_and_comes_back_first():

@@ -10,7 +10,8 @@ prompt and an answer are the same thing, reading and writing the same work:
     preemption        no block is free for a sequence that must grow: the one that is served last gives back all of its
                       blocks and waits; its ids are computed again when there is room, as if they had been its prompt
 
-Sequences are served by priority, then by arrival. Of what a sequence knows about its request nothing is read here but
+Sequences are served by priority, then by arrival; whoever waits is not held up by those of a lower priority: they stop
+reading, or give back their blocks and seats, until it has been seated. Of what a sequence knows about its request nothing is read here but
 numbers; there are no tensors.
 """
 from __future__ import annotations
@@ -150,12 +151,16 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """What the next pass computes. Blocks for it are taken; whoever cannot have them is preempted."""
+        self.give_way()
         plan, budget, before = Plan(), self.chunk, self.preemptions
+        first = self.waiting[0].priority if self.waiting else None
         self.running.sort()
         for sequence in list(self.running):
             if not sequence.running:
                 continue                          # preempted for one that comes before it
             left = len(sequence.ids) - sequence.computed
+            if left > 1 and first is not None and first < sequence.priority:
+                continue                          # the budget for reading is that of the one who waits
             count = left if left == 1 else min(left, budget)
             if count and self.make_room(sequence, count):
                 self.assign(sequence, count, plan)
@@ -164,17 +169,22 @@ class Scheduler:
             self.admit(budget, plan)
         return plan
 
+    def give_way(self) -> None:
+        """Preempt those of a lower priority than the first who waits, as far as it has no seat or no blocks."""
+        while self.waiting and self.running:
+            first, victim = self.waiting[0], max(self.running)
+            if victim.priority <= first.priority:
+                return
+            if self.seat(first, self.chunk):
+                self.release(first)
+                return
+            self.preempt(victim)
+
     def admit(self, budget: int, plan: Plan) -> None:
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
-            seats = sum(1 + running.forks for running in self.running)
-            if seats + 1 + sequence.forks > self.max_seqs:
-                return
-            self.find_beginning(sequence)
-            count = min(len(sequence.ids) - sequence.computed, budget)
-            spare = len(self.running)             # so that those who run can grow for a while
-            if not self.fits(sequence, count, spare):
-                self.release(sequence)
+            count = self.seat(sequence, budget)
+            if not count:
                 return
             heapq.heappop(self.waiting)
             self.running.append(sequence)
@@ -186,6 +196,20 @@ class Scheduler:
                 sequence.cached = sequence.computed
             self.assign(sequence, count, plan)
             budget -= count
+
+    def seat(self, sequence: Sequence, budget: int) -> int:
+        """How many ids of a waiting sequence could be computed now, its beginning then being held; 0 if there is no
+        seat or no block for it."""
+        seats = sum(1 + running.forks for running in self.running)
+        if seats + 1 + sequence.forks > self.max_seqs:
+            return 0
+        self.find_beginning(sequence)
+        count = min(len(sequence.ids) - sequence.computed, budget)
+        spare = len(self.running)                 # so that those who run can grow for a while
+        if self.fits(sequence, count, spare):
+            return count
+        self.release(sequence)
+        return 0
 
     def find_beginning(self, sequence: Sequence) -> None:
         """Hold the blocks of the longest beginning that is still in the cache. At least one id is left to compute,
