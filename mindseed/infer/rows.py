@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from mindseed.base.errors import UserError
 from mindseed.core import Tokenizer
-from mindseed.tokenizers.base import EOS, PAD, Stream, document_marks
+from mindseed.tokenizers.base import EOS, PAD, Stream, document_marks, with_signs, without_signs
 
 Finish = Literal["stop", "length", "context"]     # a stop id or string; max_new reached; no room left in the context
 
@@ -22,7 +23,8 @@ class TooLong(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """One token of one answer. `text` is what may be shown by now; it never contains a stop id or string.
+    """One token of one answer. `text` is what may be shown by now; it never contains a stop id or string. `signed` is
+    the same with special tokens as signs (tokenizers/base.py), for who looks for them.
 
     `logp` is the log-probability under the model itself, `sampled_logp` that under the distribution it was drawn from
     (0 if that was the likeliest token). The rest is there if it was asked for, `prompt_logps` with the first token.
@@ -33,6 +35,7 @@ class Token:
     text: str
     logp: float | None
     finish: Finish | None
+    signed: str = ""
     sampled_logp: float | None = None
     top: tuple[tuple[int, float], ...] = ()       # the likeliest ids and their log-probabilities under the model
     prompt_logps: tuple[float | None, ...] | None = None      # nothing is said of the first token
@@ -72,8 +75,11 @@ class Row:
     def __init__(self, index: int, tokenizer: Tokenizer | None, stop: Collection[str], stop_ids: frozenset[int],
                  room: int, max_new: int) -> None:
         self.index, self.stop_ids, self.room, self.max_new = index, stop_ids, room, max_new
-        self.text = None if tokenizer is None else Stream(tokenizer)
+        self.text = None if tokenizer is None else Stream(tokenizer, signs=True)
         self.stop = [s for s in stop if s]
+        if tokenizer is not None:
+            self.stop = [*dict.fromkeys([*self.stop, *(with_signs(s, tokenizer.specials) for s in self.stop)])]
+        self.begun = [0] * len(self.stop)         # of each, how many characters the text ends in
         self.held = ""                            # text that may yet turn out to begin a stop string
         self.count = 0
         self.finish: Finish | None = None
@@ -92,7 +98,8 @@ class Row:
             elif self.count >= min(self.room, self.max_new):
                 self.finish = "length" if self.count >= self.max_new else "context"
                 text += self.flush()
-        return Token(row=self.index, id=id, text=text, logp=logp, finish=self.finish, **more)
+        return Token(row=self.index, id=id, text=without_signs(text), signed=text, logp=logp, finish=self.finish,
+                     **more)
 
     def flush(self) -> str:
         """All that was held back, when no more text will come."""
@@ -102,15 +109,40 @@ class Row:
 
     def release(self, text: str) -> tuple[str, bool]:
         """(what may be shown, whether a stop string is complete): holds back an end that could begin a stop string."""
-        text = self.held + text
-        found = [at for s in self.stop if (at := text.find(s)) >= 0]
+        before, text = len(self.held), self.held + text
+        ends = [self.search(i, text[before:]) for i in range(len(self.stop))]
+        found = [before + end - len(stop) for end, stop in zip(ends, self.stop) if end]
         if found:
             self.held = ""
             return text[:min(found)], True
-        keep = max((n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])),
-                   default=0)
+        keep = max(self.begun, default=0)
         self.held = text[len(text) - keep:]
         return text[:len(text) - keep], False
+
+    def search(self, i: int, text: str) -> int:
+        """Where stop string i ends in the text that is new, 0 if it does not (Knuth, Morris and Pratt, 1977: every
+        character is looked at once, whatever the string)."""
+        stop, back, matched = self.stop[i], fallbacks(self.stop[i]), self.begun[i]
+        for at, c in enumerate(text):
+            while matched and stop[matched] != c:
+                matched = back[matched - 1]
+            matched += stop[matched] == c
+            if matched == len(stop):
+                return at + 1
+        self.begun[i] = matched
+        return 0
+
+
+@lru_cache(1024)
+def fallbacks(stop: str) -> list[int]:
+    """For every beginning of a string, the length of the longest shorter one that it ends in."""
+    found = [0] * len(stop)
+    for at in range(1, len(stop)):
+        matched = found[at - 1]
+        while matched and stop[at] != stop[matched]:
+            matched = found[matched - 1]
+        found[at] = matched + (stop[at] == stop[matched])
+    return found
 
 
 def ends_of(tokenizer: Tokenizer | None) -> tuple[int, ...]:

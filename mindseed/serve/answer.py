@@ -64,7 +64,8 @@ class ChatChoice:
 
     def __init__(self, served: Served, ask: Ask, index: int, usage: Usage) -> None:
         self.served, self.ask, self.index, self.usage = served, ask, index, usage
-        self.reply = Reply(thinking=ask.thinking, tools=ask.tools, certain=ask.certain)
+        self.reply = Reply(thinking=ask.thinking, tools=ask.tools, certain=ask.certain,
+                           signs=served.tokenizer.specials)
         self.held = Held(served)
         self.thinking = ask.thinking
         self.entries: list[dict[str, Any]] = []               # log-probabilities on their way out
@@ -81,7 +82,7 @@ class ChatChoice:
         self.count(token)
         if self.ask.report:
             self.entries += [self.entry(one) for one in self.held.push(token)]
-        pieces = self.reply.push(token.text) if token.text else []
+        pieces = self.reply.push(token.signed) if token.signed else []
         if token.finish is not None:
             pieces += self.reply.close()
         chunks = [self.chunk(self.delta(piece)) for piece in pieces if piece.text or piece.kind == "call"]

@@ -27,6 +27,12 @@ MEDIA = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>"
 BUFFERS = tuple(f"<|buffer_{i}|>" for i in range(19))     # free ids: a later token needs no new embedding matrix
 SPECIALS = (PAD, BOS, EOS, *MARKUP, *MEDIA, *BUFFERS)     # 36 spellings; the position is the id
 
+# One character for each special token that is looked for in an answer, so that it can't be mixed up with text that
+# spells it. They are noncharacters of Unicode, which no text holds; should bytes of an answer say one, it is U+FFFD.
+SIGNS = {mark: chr(0xFDD0 + i) for i, mark in enumerate(("<think>", "</think>", "<tool_call>", "</tool_call>", EOS))}
+SPELLED = {ord(sign): mark for mark, sign in SIGNS.items()}
+NO_SIGNS = dict.fromkeys(SPELLED, "\ufffd")
+
 # What stands at a document's beginning and end, here and in Qwen, in Llama 3, DeepSeek, Llama 2 and GPT-2.
 DOCUMENT_MARKS = ((BOS, EOS), ("<|begin_of_text|>", "<|end_of_text|>"),
                   ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"), ("<s>", "</s>"), (PAD, PAD))
@@ -135,20 +141,37 @@ class ByteLevel(ABC):
 class Stream:
     """Decode ids one at a time. A character whose bytes are not all there yet is held back.
 
-    The pieces that `push` returns, and the rest from `close`, join to `tokenizer.decode(ids)`.
+    The pieces that `push` returns, and the rest from `close`, join to `tokenizer.decode(ids)`; with `signs`, special
+    tokens that have one come as that (`without_signs` spells them).
     """
 
-    def __init__(self, tokenizer: ByteLevel, *, skip_special: bool = False) -> None:
+    def __init__(self, tokenizer: ByteLevel, *, skip_special: bool = False, signs: bool = False) -> None:
         self.tokenizer = tokenizer
         self.skip_special = skip_special
+        known = tokenizer.specials if signs else {}
+        self._signs = {known[mark]: sign for mark, sign in SIGNS.items() if mark in known}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        return self._utf8.decode(self.tokenizer.token_bytes(id, skip_special=self.skip_special))
+        if id in self._signs:
+            return self.close() + self._signs[id]
+        text = self._utf8.decode(self.tokenizer.token_bytes(id, skip_special=self.skip_special))
+        return text.translate(NO_SIGNS) if self._signs else text
 
     def close(self) -> str:
         """What was held back, as U+FFFD: the ids ended inside a character."""
         return self._utf8.decode(b"", final=True)
+
+
+def with_signs(text: str, specials: Collection[str]) -> str:
+    """The text with these special tokens as signs."""
+    for mark, sign in SIGNS.items():
+        text = text.replace(mark, sign) if mark in specials else text
+    return text
+
+
+def without_signs(text: str) -> str:
+    return text.translate(SPELLED)
 
 
 def require_unicode(text: str) -> None:

@@ -314,7 +314,7 @@ def take_calls(content: str) -> tuple[str, list[dict[str, Any]]]:
     return kept + content[at:], calls
 
 
-def read_call(text: str, at: int) -> tuple[dict[str, Any], int] | None:
+def read_call(text: str, at: int, stop_tag: re.Pattern[str] = CALL_END) -> tuple[dict[str, Any], int] | None:
     """The call whose JSON begins at `at`, and where its </tool_call> ends; None if there is none. The JSON is read
     first: an argument may hold </tool_call>."""
     try:
@@ -323,7 +323,7 @@ def read_call(text: str, at: int) -> tuple[dict[str, Any], int] | None:
         good = isinstance(call["name"], str) and isinstance(call["arguments"], dict) and sayable(to_json(call))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    end = CALL_END.match(text, stop)
+    end = stop_tag.match(text, stop)
     return (call, end.end()) if end and good else None
 
 

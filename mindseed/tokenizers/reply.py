@@ -9,16 +9,21 @@ follows JSON with a stack, as Python's own parser would read it.
 The pieces, joined, are what parse_answer says of the whole text, with one exception that no stream could keep: there
 a </think> without a <think> makes reasoning of all that stands before it. Here it is content, unless the prompt had
 opened the block (`thinking`).
+
+Where the tokenizer has the tags as special tokens, only these are tags, and text that spells one is text: an answer
+that quotes a web page must not call a tool because of what stands there. A special token comes as its sign
+(base.SIGNS).
 """
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mindseed.tokenizers.base import EOS
-from mindseed.tokenizers.chat import CALL_START, read_call, sayable, to_json
+from mindseed.tokenizers.base import EOS, SIGNS, without_signs
+from mindseed.tokenizers.chat import read_call, sayable, to_json
 
 THINK, THINK_END, CALL, CALL_END = "<think>", "</think>", "<tool_call>", "</tool_call>"
 SPACE = " \t\n\r"                                 # of JSON
@@ -41,11 +46,16 @@ class Reply:
 
     `certain`: a grammar guarantees that calls are valid, so the name is told at once and the arguments as they are
     written; otherwise both are told when the call is whole. (Where the guarantee is broken, arguments may stay
-    unfinished, and what follows them is content.)
+    unfinished, and what follows them is content.) `signs`: the tags that are special tokens, and come as signs.
     """
 
-    def __init__(self, *, thinking: bool = False, tools: bool = True, certain: bool = False) -> None:
+    def __init__(self, *, thinking: bool = False, tools: bool = True, certain: bool = False,
+                 signs: Collection[str] = ()) -> None:
         self.tools, self.certain = tools, certain
+        self.think, self.think_end, self.call, self.call_end, self.end = (
+            SIGNS[tag] if tag in signs else tag for tag in (THINK, THINK_END, CALL, CALL_END, EOS))
+        self._call_start = re.compile(rf"\n?{self.call}\s*")
+        self._call_stop = re.compile(rf"\s*{self.call_end}")
         self._step = self._thought if thinking else self._start
         self._tail = ""                           # may become the end marker
         self._held = ""                           # not decided yet
@@ -64,9 +74,9 @@ class Reply:
         return [] if self._over else self._read(self._tail, final=True)
 
     def _read(self, text: str, *, final: bool) -> list[Piece]:
-        ready, end, _ = text.partition(EOS)
+        ready, end, _ = text.partition(self.end)
         self._over = final = final or bool(end)
-        self._tail = "" if final else ready[len(ready) - partial(ready, EOS):]
+        self._tail = "" if final else ready[len(ready) - partial(ready, self.end):]
         self._held += ready.removesuffix(self._tail)
         while self._step(final):
             pass
@@ -74,6 +84,7 @@ class Reply:
         return pieces
 
     def _tell(self, kind: str, text: str) -> None:
+        text = without_signs(text)
         index = self._index if kind in ("call", "arguments") else 0
         last = self._pieces[-1] if self._pieces else None
         if last and kind != "call" and (last.kind, last.index) == (kind, index):
@@ -85,19 +96,19 @@ class Reply:
 
     def _start(self, final: bool) -> bool:
         self._held = self._held.lstrip()
-        if not final and THINK.startswith(self._held) and self._held != THINK:
+        if not final and self.think.startswith(self._held) and self._held != self.think:
             return False
-        opened = self._held.startswith(THINK)
-        self._held = self._held.removeprefix(THINK)
+        opened = self._held.startswith(self.think)
+        self._held = self._held.removeprefix(self.think)
         self._step = self._thought if opened else self._content
         return True
 
     def _thought(self, final: bool) -> bool:
         if self._fresh:
             self._held = self._held.lstrip()
-        inside, end, rest = self._held.partition(THINK_END)
+        inside, end, rest = self._held.partition(self.think_end)
         if not end and not final:
-            inside = inside[:len(inside) - partial(inside, THINK_END)]
+            inside = inside[:len(inside) - partial(inside, self.think_end)]
         text = inside.rstrip()
         self._fresh = self._fresh and not text
         self._tell("reasoning", text)
@@ -110,13 +121,13 @@ class Reply:
         if self._fresh:
             self._held = self._held.lstrip()
             self._fresh = not self._held
-        at = self._held.find(CALL) if self.tools else -1
+        at = self._held.find(self.call) if self.tools else -1
         found = at >= 0
         if found:
             at -= self._held[:at].endswith("\n")
             self._step, self._open = self._call, Open()
         else:
-            kept = max(partial(self._held, CALL), partial(self._held, "\n" + CALL))
+            kept = max(partial(self._held, self.call), partial(self._held, "\n" + self.call))
             at = len(self._held) - (kept if self.tools and not final else 0)
         self._tell("content", self._held[:at])
         self._held = self._held[at:]
@@ -125,7 +136,7 @@ class Reply:
     def _call(self, final: bool) -> bool:
         """What is held begins with the tag of a call."""
         held, call = self._held, self._open
-        begin = CALL_START.match(held).end()
+        begin = self._call_start.match(held).end()
         call.at = max(call.at, begin)
         sound = True                              # it may still become a call
         while sound and call.at < len(held) and call.scan.open:
@@ -138,18 +149,18 @@ class Reply:
             self._tell("arguments", held[call.said:until])
             call.said = until
         rest = held[call.at:].lstrip()
-        closed = sound and not call.scan.open and rest.startswith(CALL_END)
-        if sound and not closed and not final and (call.scan.open or CALL_END.startswith(rest)):
+        closed = sound and not call.scan.open and rest.startswith(self.call_end)
+        if sound and not closed and not final and (call.scan.open or self.call_end.startswith(rest)):
             return False
-        found = read_call(held, begin) if closed else None
+        found = read_call(held, begin, self._call_stop) if closed else None
         self._step = self._content
         if found and not call.told:
             self._tell("call", found[0]["name"])
         if found and call.said is None:
             self._tell("arguments", to_json(found[0]["arguments"]))
         if found or call.told:
-            ended = sound and CALL_END.startswith(rest)                   # the answer did, inside the closing tag
-            self._held = rest.removeprefix(CALL_END) if closed else "" if ended else held[call.at:]
+            ended = sound and self.call_end.startswith(rest)               # the answer did, inside the closing tag
+            self._held = rest.removeprefix(self.call_end) if closed else "" if ended else held[call.at:]
             self._index += 1
         else:
             self._tell("content", held[:begin])
