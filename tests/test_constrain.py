@@ -128,6 +128,40 @@ def test_json_is_written_as_json_dumps_writes_it(tokenizer):
             feed(grammar.start(), [tokenizer.encode(c)[0] for c in text])
 
 
+def test_no_key_passes_for_another_one(tokenizer):
+    """Escapes that spell a character in a longer way than needed never come, or "a" could be said as "\\u0061"."""
+    schema = {"type": "object", "properties": {"a/é": {"type": "integer"}}, "required": ["a/é"]}
+    grammar = Grammar.json_schema(tokenizer, schema)
+    for start in ('{"a/é": 1, "', '{"a/é": 1, "b\\\\', '{"a/é": 1, "b": "\\n'):
+        matcher = feed(grammar.start(), tokens_of(tokenizer, start))
+        assert matcher.allowed()[byte(tokenizer, b"\\")]
+        matcher.advance(byte(tokenizer, b"\\"))
+        assert {b"n", b'"', b"\\"} <= spelt(tokenizer, matcher) and not {b"u", b"/"} & spelt(tokenizer, matcher)
+    for seed in range(20):
+        text = tokenizer.decode(walk(grammar.start(), tokenizer, seed))
+        assert type(json.loads(text)["a/é"]) is int and "\\u" not in text.replace("\\\\", "")
+    forced = Grammar.json_schema(tokenizer, {"enum": ["\x01", "\x02b"]})          # here there is no other way
+    said = {json.loads(tokenizer.decode(walk(forced.start(), tokenizer, seed))) for seed in range(12)}
+    assert said == {"\x01", "\x02b"}
+
+
+def byte(tokenizer: ByteLevel, one: bytes) -> int:
+    return next(id for id, token in tokenizer.tokens.items() if token == one)
+
+
+def tokens_of(tokenizer: ByteLevel, text: str) -> list[int]:
+    return [byte(tokenizer, bytes([b])) for b in text.encode()] if isinstance(tokenizer, Byte) else (
+        tokenizer.encode(text))
+
+
+def test_more_properties_than_are_named_cannot_be_promised(tokenizer):
+    loose = {"type": "object", "minProperties": 2, "patternProperties": {"^[ab]$": {"enum": [0]}},
+             "additionalProperties": False}
+    with pytest.raises(UserError, match="at least 2 properties and requires 0"):
+        Grammar.json_schema(tokenizer, loose)
+    Grammar.json_schema(tokenizer, POINT | {"minProperties": 2})
+
+
 def test_a_json_object_is_an_object(tokenizer):
     grammar = Grammar.json_object(tokenizer)
     assert spelt(tokenizer, grammar.start()) <= {b"{", b'{"', b'{}'}
@@ -353,6 +387,9 @@ def test_parameters_by_the_letter_or_as_far_as_they_are_known(tokenizer):
         Grammar.tool_calls(tokenizer, [{"name": "f", "parameters": odd, "strict": True}])
     mine = {"name": "f", "parameters": {"properties": {"a": {}}}}
     Grammar.tool_calls(tokenizer, [mine])
+    bare = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    none = Grammar.tool_calls(tokenizer, [bare], choice="f", parallel=False)
+    assert '"arguments": {}}' in tokenizer.decode(walk(none.start(), tokenizer, 0))
     assert mine == {"name": "f", "parameters": {"properties": {"a": {}}}}
 
 

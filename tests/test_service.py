@@ -12,7 +12,7 @@ from mindseed.infer.engine import Engine, EngineConfig, QueueFull, Request
 from mindseed.infer.generate import generate_uncached
 from mindseed.infer.rows import TooLong
 from mindseed.infer.sample import Sampling
-from mindseed.infer.service import EngineDead, Service
+from mindseed.infer.service import EngineDead, PassFailed, Service
 from tests.oracle import check_empty, sharp_model
 from tests.tiny import KITS
 
@@ -214,21 +214,44 @@ def test_closing_without_patience_cancels(service):
     one.close()                                   # once more does nothing
 
 
-def test_a_fault_of_ours_is_told_to_all_who_wait(service):
-    one, steps = service(max_seqs=2), []
-    real = one.engine.step
+def test_a_fault_of_ours_ends_what_runs_and_the_next_is_answered(service, model):
+    """A pass that fails at any point in it: before, between the forward pass and the tokens, after them."""
+    one = service(max_seqs=2)
+    [want] = generate_uncached(model, None, [request(1).prompt], sampling=Sampling(seed=1), max_new=12, stop_ids=())
+
+    async def main():
+        for owner, name in ((one.engine, "step"), (one.engine.runner, "run"), (one.engine, "push"),
+                            (one.engine.drafter, "learn")):
+            real, calls = getattr(owner, name), []
+
+            def broken(*arguments, **more):
+                calls.append(1)
+                if len(calls) == 4:
+                    raise ZeroDivisionError("injected")
+                return real(*arguments, **more)
+
+            setattr(owner, name, broken)
+            results = await asyncio.gather(*(collect(one, request(i)) for i in range(5)), return_exceptions=True)
+            assert any(isinstance(r, PassFailed) and "injected" in str(r) for r in results), results
+            setattr(owner, name, real)
+            assert await collect(one, request(1)) == want.ids and one.error is None
+            check_empty(one.engine)
+
+    run(main())
+
+
+def test_faults_in_a_row_end_the_engine_and_are_told_to_all_who_wait(service):
+    one = service(max_seqs=2)
 
     def broken():
-        steps.append(1)
-        if len(steps) == 4:
-            raise ZeroDivisionError("injected")
-        return real()
+        raise ZeroDivisionError("injected")
 
     one.engine.step = broken
 
     async def main():
-        results = await asyncio.gather(*(collect(one, request(i)) for i in range(5)), return_exceptions=True)
-        assert all(isinstance(r, EngineDead) and "injected" in str(r) for r in results), results
+        for i in range(3):
+            with pytest.raises((PassFailed, EngineDead), match="injected"):
+                await collect(one, request(i))
         for late in (collect(one, request()), one.embed([[1]])):
             with pytest.raises(EngineDead, match="injected"):
                 await late

@@ -31,6 +31,7 @@ def beam_search(engine: Engine, prompt: list[int], *, beams: int, max_new: int =
     """At most `beams` answers, the best first. UserError for a number of beams that the engine cannot have."""
     if not 1 <= beams <= engine.config.max_seqs:
         raise UserError(f"beams={beams} must lie between 1 and max_seqs={engine.config.max_seqs}")
+    engine.check(Request(prompt=prompt, max_new=max_new))
     ends = frozenset(engine.stop_ids if stop_ids is None else stop_ids)
     room = min(max_new, engine.limit - len(prompt))
     running, done = [Beam([], 0.0)], []

@@ -42,6 +42,7 @@ MOST_FORCED, FORESIGHT = 20_000, 1_000            # characters that must follow:
 OPEN_BY = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
 
 _known: weakref.WeakKeyDictionary[ByteLevel, LLTokenizer] = weakref.WeakKeyDictionary()
+_escapes: weakref.WeakKeyDictionary[ByteLevel, tuple[np.ndarray, np.ndarray]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -52,11 +53,12 @@ class Grammar:
     """
 
     def __init__(self, tokenizer: ByteLevel, first: LLMatcher, gates: tuple[tuple[int, bool], ...] = (),
-                 again: bool = False) -> None:
+                 again: bool = False, json: bool = False) -> None:
         self.tokenizer = tokenizer
         self.first = first                        # at its beginning; only ever copied
         self.gates = gates                        # (special id, may the answer end before it): all is free until each
         self.again = again                        # once the grammar is through, wait at the last gate again
+        self.json = json                          # what it says is JSON
 
     @classmethod
     def json_object(cls, tokenizer: ByteLevel) -> Grammar:
@@ -66,10 +68,11 @@ class Grammar:
     @classmethod
     def json_schema(cls, tokenizer: ByteLevel, schema: dict[str, Any]) -> Grammar:
         """JSON that follows a schema; its keywords are all kept or the schema is refused. Properties come in the
-        order in which the schema names them."""
+        order in which the schema names them. Numbers are exact decimals: 0.9999... with enough digits is below 1,
+        though a program that reads it as a float gets 1."""
         what = "the JSON schema"
         written = schema_json(schema, EXACT, what)
-        return cls(tokenizer, compiled(tokenizer, f"start: %json {written}", what))
+        return cls(tokenizer, compiled(tokenizer, f"start: %json {written}", what), json=True)
 
     @classmethod
     def regex(cls, tokenizer: ByteLevel, pattern: str) -> Grammar:
@@ -118,13 +121,13 @@ class Grammar:
         free = choice == "auto"
         rules += ["start: body" if free else "start: call" + r' ("\n" call)*' * parallel, f"call: <[{opening}]> body"]
         first = compiled(tokenizer, "\n".join(rules), "the tools")
-        return cls(tokenizer, first, ((opening, True),) if free else (), again=free and parallel)
+        return cls(tokenizer, first, ((opening, True),) if free else (), again=free and parallel, json=True)
 
     def after(self, spelling: str) -> Grammar:
         """The same, but free until the special token `spelling` has been said. Until then the answer may end only if
         the grammar would allow an empty one."""
         gate = (special(self.tokenizer, spelling), self.start().may_stop)
-        return Grammar(self.tokenizer, self.first, (gate, *self.gates), self.again)
+        return Grammar(self.tokenizer, self.first, (gate, *self.gates), self.again, self.json)
 
     def start(self) -> Matcher:
         return Matcher(self)
@@ -136,6 +139,7 @@ class Matcher:
     def __init__(self, grammar: Grammar) -> None:
         self.grammar = grammar
         self._gate = 0                            # the gate that it waits at; len(gates): the grammar holds
+        self._escaped = False                     # a backslash was said, and what it escapes was not
         self._body = None if grammar.gates else grammar.first.deep_copy()
 
     def allowed(self) -> Tensor | None:
@@ -154,8 +158,11 @@ class Matcher:
         bits = np.zeros(tokenizer.vocab_size // 32 + 1, dtype=np.int32)         # one more than the vocabulary: the end
         self._body.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         self._check()
-        mask = np.unpackbits(bits.view(np.uint8), count=tokenizer.vocab_size, bitorder="little")
-        return torch.from_numpy(mask.view(np.bool_))
+        mask = np.unpackbits(bits.view(np.uint8), count=tokenizer.vocab_size, bitorder="little").view(np.bool_)
+        if self.grammar.json:
+            plain = mask & ~escapes(tokenizer)[int(self._escaped)]
+            mask = plain if plain.any() else mask
+        return torch.from_numpy(mask)
 
     def advance(self, id: int) -> None:
         """The token that was chosen. ValueError if it was not allowed, UserError as in `allowed`."""
@@ -169,6 +176,8 @@ class Matcher:
         if self.done or not self._body.consume_token(id) and "doesn't satisfy" in self._body.get_error():
             raise ValueError(f"id {id} was not allowed by the grammar here")
         self._check()
+        if self.grammar.json and id in self.grammar.tokenizer.tokens:
+            self._escaped = follow(self.grammar.tokenizer.tokens[id], self._escaped)[1]
         if self.grammar.again and self._body.is_stopped():
             self._gate, self._body = len(gates) - 1, None
 
@@ -187,7 +196,7 @@ class Matcher:
     def fork(self) -> Matcher:
         """An independent copy, which goes on from here."""
         other = Matcher.__new__(Matcher)
-        other.grammar, other._gate = self.grammar, self._gate
+        other.grammar, other._gate, other._escaped = self.grammar, self._gate, self._escaped
         other._body = None if self._body is None else self._body.deep_copy()
         return other
 
@@ -225,6 +234,30 @@ def vocabulary(tokenizer: ByteLevel) -> LLTokenizer:
         if tokenizer not in _known:
             _known[tokenizer] = library().LLTokenizer(Vocabulary(tokenizer))
         return _known[tokenizer]
+
+
+def escapes(tokenizer: ByteLevel) -> tuple[np.ndarray, np.ndarray]:
+    """Which ids write a character of JSON in a longer way than needed, as \\u and its number or as \\/: bool (V,), in
+    general and after an escaping backslash. With them a key can be said twice: as "a" it has the type that the schema
+    gives it, as "\\u0061" it would pass for another."""
+    with _lock:
+        if tokenizer not in _escapes:
+            found = np.zeros((2, tokenizer.vocab_size), np.bool_)
+            for id, token in tokenizer.tokens.items():
+                found[:, id] = [follow(token, escaped)[0] for escaped in (False, True)]
+            _escapes[tokenizer] = found[0], found[1]
+        return _escapes[tokenizer]
+
+
+def follow(text: bytes, escaped: bool) -> tuple[bool, bool]:
+    """(whether JSON so far holds such an escape in this part, whether its last character escapes what follows)."""
+    found = escaped and text[:1] in (b"u", b"/")
+    if b"\\" in text:
+        for byte in text:
+            found = found or escaped and byte in b"u/"
+            escaped = byte == 0x5C and not escaped
+        return found, escaped
+    return found, escaped and not text
 
 
 class Vocabulary:
@@ -304,6 +337,11 @@ def schema_json(schema: Any, options: dict[str, Any], what: str) -> str:
             if len(part) > MOST_MEMBERS or parts > MOST_PARTS:
                 raise UserError(f"{what} is too large: at most {MOST_MEMBERS} members in one object and "
                                 f"{MOST_PARTS} in all")
+            required = part.get("required") if isinstance(part.get("required"), list) else []
+            least = part.get("minProperties")
+            if not options["lenient"] and isinstance(least, (int, float)) and least > len(required):
+                raise UserError(f"{what} asks for at least {least:g} properties and requires {len(required)} by name: "
+                                "that can't be guaranteed, since a key may be said twice; name them as required")
             if isinstance(part.get("allOf"), list) and len(part["allOf"]) > MOST_AT_ONCE:
                 raise UserError(f"{what} has an allOf of more than {MOST_AT_ONCE}, which can be too costly to follow; "
                                 "write fewer conditions")
@@ -332,6 +370,6 @@ def parameters(tool: dict[str, Any], i: int) -> str:
         schema = {"type": "object"} | schema
         if schema["type"] != "object":
             raise UserError(f"{what} must have the type object, not {shortened(repr(schema['type']))}")
-        if schema.get("properties") and not OPEN_BY & schema.keys():
+        if "properties" in schema and not OPEN_BY & schema.keys():
             schema["additionalProperties"] = False
     return schema_json(schema, EXACT if inner.get("strict") else LOOSE, what)

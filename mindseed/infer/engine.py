@@ -136,10 +136,14 @@ class Engine:
 
     def __init__(self, model: LM, tokenizer: Tokenizer | None, config: EngineConfig = EngineConfig(), *,
                  stop_ids: tuple[int, ...] | None = None, draft_model: LM | None = None) -> None:
+        if model.config.depends_on_length:        # what a cache holds of the upper layers is of another length
+            config = replace(config, prefix_caching=False, chunk=max(config.chunk, model.config.seq_len))
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.stop_ids = ends_of(tokenizer) if stop_ids is None else tuple(stop_ids)
         rows = model.config.vocab_size
         self.vocab = rows if tokenizer is None else min(rows, tokenizer.vocab_size)
+        known = range(rows) if tokenizer is None else {*tokenizer.tokens, *tokenizer.specials.values()}
+        self.gaps = frozenset(range(self.vocab)) - frozenset(known)       # ids that say nothing, never chosen
         self.device, dtype = model.embed.weight.device, model.embed.weight.dtype
         self.drafter = drafter_of(config.draft, config.draft_tokens, model, draft_model)
         specs = [*model.state_specs(), *self.drafter.own_specs()]
@@ -153,10 +157,12 @@ class Engine:
                                    slots=has_slots, caching=config.prefix_caching)
         self.limit = min(model.config.seq_len, *((blocks.count - 2) * config.block_size for blocks in self.kinds
                                                  if blocks.window is None), model.config.seq_len)
-        self.runner = Runner(model, self.cache, self.vocab, fused_step(model, self.cache) if config.fused else None)
+        self.runner = Runner(model, self.cache, self.vocab, fused_step(model, self.cache) if config.fused else None,
+                             self.gaps)
         self.drafter.attach(self)
         self.jobs: dict[int, Job] = {}
         self.failed: dict[int, UserError] = {}
+        self.kept: list[tuple[int, Token]] = []   # tokens of others, which a `stream` has come by
         self.ids = itertools.count()
         self.counts, self.version = Stats(), 0
 
@@ -206,7 +212,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """UserError for what cannot be answered; touches nothing, so any thread may ask."""
-        check_prompt(request.prompt, self.limit, self.model.config.vocab_size)
+        check_prompt(request.prompt, self.limit, self.vocab, gaps=self.gaps)
         for name in ("max_new", "n"):
             if getattr(request, name) < 1:
                 raise UserError(f"{name}={getattr(request, name)} must be at least 1")
@@ -215,8 +221,9 @@ class Engine:
         if request.n > self.config.max_seqs:
             raise UserError(f"n={request.n} answers to one prompt are more than the {self.config.max_seqs} that are "
                             "written at once; ask for fewer, or raise max_seqs")
-        if bad := [id for id, _ in request.sampling.logit_bias if not 0 <= id < self.vocab]:
-            raise UserError(f"logit_bias names the token {bad[0]}; the vocabulary is 0 to {self.vocab - 1}")
+        if bad := [id for id, _ in request.sampling.logit_bias if not 0 <= id < self.vocab or id in self.gaps]:
+            raise UserError(f"logit_bias names the token {bad[0]}, which does not exist; the vocabulary is 0 to "
+                            f"{self.vocab - 1}")
 
     def answer(self, job: Job, index: int, stop_ids: frozenset[int]) -> Answer:
         request = job.request
@@ -233,6 +240,7 @@ class Engine:
 
     def cancel(self, id: int) -> None:
         """Forget a request; its blocks are free at once. Nothing happens if it is finished."""
+        self.kept = [one for one in self.kept if one[0] != id]
         if (job := self.jobs.pop(id, None)) is not None:
             for sequence in job.sequences:
                 self.scheduler.remove(sequence)
@@ -248,7 +256,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.jobs)
+        return bool(self.jobs or self.kept)
 
     # -------------------------------------------------------------------------------------------------- what is done
 
@@ -256,8 +264,9 @@ class Engine:
     def step(self) -> list[tuple[int, Token]]:
         """One pass: (number of the request, token) for every answer that goes on, several with speculation. Requests
         that could not go on are in `failed`, with the reason, until somebody takes them out."""
+        out, self.kept = self.kept, []
         if not self.jobs:
-            return []
+            return out
         for sequence in self.scheduler.running:
             self.drafter.wish(sequence)
         plan = self.scheduler.plan()
@@ -267,7 +276,6 @@ class Engine:
         self.drafter.guess(plan)
         passed = self.runner.run(plan.work)
         self.counts.steps += 1
-        out: list[tuple[int, Token]] = []
         writing = []
         for work, offset in zip(plan.work, passed.offsets):
             sequence = work.sequence
@@ -411,11 +419,13 @@ class Engine:
             self.check(request)
         waiting, index = deque(enumerate(requests)), {}
         try:
-            while waiting or any(id in self.jobs for id in index):
+            while waiting or any(id in self.jobs for id in index) or any(id in index for id, _ in self.kept):
                 while waiting and len(self.scheduler.waiting) < self.config.max_queue:
                     i, request = waiting.popleft()
                     index[self.submit(request)] = i
-                for id, token in self.step():
+                tokens = self.step()
+                self.kept += [(id, token) for id, token in tokens if id not in index]
+                for id, token in tokens:
                     if id in index:
                         yield index[id], token
                 for id in index.keys() & self.failed.keys():
@@ -431,8 +441,8 @@ class Engine:
         """A vector of length 1 for every text, (n, D) in float32: the mean of its last hidden vectors."""
         vectors = []
         for i, prompt in enumerate(prompts):
-            check_prompt(prompt, self.model.config.seq_len + 1, self.model.config.vocab_size,
-                         f"text {i + 1}" if len(prompts) > 1 else "the text")
+            check_prompt(prompt, self.model.config.seq_len + 1, self.vocab,
+                         f"text {i + 1}" if len(prompts) > 1 else "the text", gaps=self.gaps)
             ids = torch.tensor([prompt], device=self.device)
             hidden = self.model(ids, torch.arange(len(prompt), device=self.device)[None]).hidden[0]
             mean = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).mean(0)
@@ -468,10 +478,10 @@ def top_logps(logits: Tensor, wanted: list[int]) -> list[tuple[tuple[int, float]
     """For every row of logits (R, V) its `wanted` likeliest (id, log-probability)."""
     if not any(wanted):
         return [()] * len(wanted)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best = wide.topk(min(max(wanted), wide.shape[-1]), dim=-1)
-    return [tuple(zip(ids[:n], values[:n])) for n, ids, values in zip(wanted, best.indices.tolist(),
-                                                                      best.values.tolist())]
+    logps = (best.values - wide.logsumexp(-1, keepdim=True)).tolist()            # as `choose` reckons them
+    return [tuple(zip(ids[:n], values[:n])) for n, ids, values in zip(wanted, best.indices.tolist(), logps)]
 
 
 def fused_step(model: LM, cache: PagedCache) -> FusedStep | GraphStep | None:

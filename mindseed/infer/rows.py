@@ -151,7 +151,8 @@ def ends_of(tokenizer: Tokenizer | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(known[mark] for mark in (EOS, PAD, *(document_marks(known) or ())[1:]) if mark in known))
 
 
-def check_prompt(prompt: list[int], limit: int, rows: int, name: str = "the prompt") -> None:
+def check_prompt(prompt: list[int], limit: int, rows: int, name: str = "the prompt", *,
+                 gaps: Collection[int] = ()) -> None:
     """UserError for ids that a model with this context and this many embeddings cannot go on from."""
     if not prompt:
         raise UserError(f"{name} is empty; a text begins with the tokenizer's begin token")
@@ -161,3 +162,5 @@ def check_prompt(prompt: list[int], limit: int, rows: int, name: str = "the prom
     if not 0 <= min(prompt) <= max(prompt) < rows:
         raise UserError(f"{name} has the id {max(prompt, key=lambda id: abs(id - rows / 2))}; the model's vocabulary "
                         f"is 0 to {rows - 1}: it was encoded with another tokenizer")
+    if gaps and (bad := [id for id in prompt if id in gaps]):
+        raise UserError(f"{name} has the id {bad[0]}, which is no token of the model's vocabulary")

@@ -6,6 +6,7 @@ are read once for each such group, which costs less than padding the short to th
 """
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,14 @@ class Passed:
 
 
 class Runner:
-    """`fused` is a faster way for rows that decode, if there is one: (ids, positions, tables) -> hidden vectors."""
+    """`fused` is a faster way for rows that decode, if there is one: (ids, positions, tables) -> hidden vectors. `gaps`
+    are ids below `vocab` that are no tokens: they have no probability."""
 
-    def __init__(self, model: LM, cache: PagedCache, vocab: int, fused: FusedStep | GraphStep | None = None) -> None:
+    def __init__(self, model: LM, cache: PagedCache, vocab: int, fused: FusedStep | GraphStep | None = None,
+                 gaps: Collection[int] = ()) -> None:
         self.model, self.cache, self.vocab, self.fused = model, cache, vocab, fused
         self.device = model.embed.weight.device
+        self.gaps = torch.tensor(sorted(gaps), device=self.device) if gaps else None
         self.step = None if fused else decoding_step(model)
 
     def refresh(self) -> None:
@@ -53,7 +57,7 @@ class Runner:
         sizes = [w.count + len(w.drafts) for w in work]
         if isinstance(self.fused, FusedStep) and max(sizes) == 1:
             hidden, logits = self.fused.logits(*self.inputs(work))
-            return Passed(hidden, list(range(len(work))), logits[:, :self.vocab])
+            return Passed(hidden, list(range(len(work))), self.without_gaps(logits[:, :self.vocab]))
         order: list[int] = []
         parts: list[Tensor] = []
         decoding = [i for i, size in enumerate(sizes) if size == 1]
@@ -108,9 +112,12 @@ class Runner:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (R, V) of hidden vectors (R, D)."""
         if self.fused is not None:
-            return self.fused.head(hidden)[:, :self.vocab]
+            return self.without_gaps(self.fused.head(hidden)[:, :self.vocab])
         weight = (self.model.head or self.model.embed).weight[:self.vocab]
-        return (transposed_product if wants_transposed(hidden) else F.linear)(hidden, weight)
+        return self.without_gaps((transposed_product if wants_transposed(hidden) else F.linear)(hidden, weight))
+
+    def without_gaps(self, logits: Tensor) -> Tensor:
+        return logits if self.gaps is None else logits.index_fill(1, self.gaps, -torch.inf)
 
 
 def alike(members: list[int], sizes: list[int]) -> list[list[int]]:

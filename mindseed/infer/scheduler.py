@@ -11,8 +11,8 @@ prompt and an answer are the same thing, reading and writing the same work:
                       blocks and waits; its ids are computed again when there is room, as if they had been its prompt
 
 Sequences are served by priority, then by arrival; whoever waits is not held up by those of a lower priority: they stop
-reading, or give back their blocks and seats, until it has been seated. Of what a sequence knows about its request nothing is read here but
-numbers; there are no tensors.
+reading, or give back their blocks and seats, until it has been seated. Of what a sequence knows about its request
+nothing is read here but numbers; there are no tensors.
 """
 from __future__ import annotations
 

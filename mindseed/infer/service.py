@@ -11,6 +11,7 @@ import asyncio
 import queue
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
@@ -19,11 +20,16 @@ from mindseed.base.errors import UserError
 from mindseed.infer.engine import Engine, Request, Stats
 from mindseed.infer.rows import Token
 
+FAULTS = 3                                        # failed passes in a row after which the engine is taken for broken
 Line = tuple[asyncio.AbstractEventLoop, asyncio.Queue]     # where the tokens of a request go
 
 
 class EngineDead(RuntimeError):
     """The engine's thread was closed, or ended by a fault of ours; the server must be started again."""
+
+
+class PassFailed(RuntimeError):
+    """A pass ended by a fault of ours: the requests that were running are lost, others may be asked."""
 
 
 class Service:
@@ -35,6 +41,7 @@ class Service:
         self.inbox: queue.SimpleQueue[tuple[Callable[..., Any], Future]] = queue.SimpleQueue()
         self.lines: dict[int, Line] = {}
         self.draining = self.closing = self.ended = False
+        self.faults = 0                           # passes that failed one after the other
         self.seen = engine.stats()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
@@ -65,7 +72,11 @@ class Service:
                 self.call(self.end, number)
 
     async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
-        return await asyncio.wrap_future(self.call(lambda: self.engine.embed(prompts).tolist()))
+        """One text after the other, so that answers go on between two, and nothing is computed for who has left."""
+        vectors: list[list[float]] = []
+        for prompt in prompts:
+            vectors += await asyncio.wrap_future(self.call(lambda: self.engine.embed([prompt]).tolist()))
+        return vectors
 
     def stats(self) -> Stats:
         """As of the last pass."""
@@ -142,11 +153,16 @@ class Service:
         try:
             tokens = self.engine.step()
         except UserError as error:                # these requests fail, the thread lives
-            self.cancel_all()
-            self.seen = self.engine.stats()
-            self.fail_all(error)
+            self.give_up(error)
             return
-        self.seen = self.engine.stats()
+        except Exception as error:                # a fault of ours: so here, if the books are in order afterwards
+            self.faults += 1
+            if self.faults == FAULTS:
+                raise
+            traceback.print_exc()
+            self.give_up(PassFailed(f"a pass of the engine failed: {error!r}"))
+            return
+        self.seen, self.faults = self.engine.stats(), 0
         posts: dict[asyncio.AbstractEventLoop, list] = {}
         for number, token in tokens:
             if number in self.lines:
@@ -163,6 +179,15 @@ class Service:
             if not post(loop, items):             # nobody is left to listen
                 for number in [number for number, (where, _) in self.lines.items() if where is loop]:
                     self.end(number)
+
+    def give_up(self, error: Exception) -> None:
+        """Fail all requests; AssertionError if something of them is left."""
+        self.cancel_all()
+        scheduler = self.engine.scheduler
+        scheduler.check()
+        assert not scheduler.running and not scheduler.waiting, "a request is left that nobody has asked"
+        self.seen = self.engine.stats()
+        self.fail_all(error)
 
     def cancel_all(self) -> None:
         for number in list(self.engine.jobs):

@@ -41,8 +41,7 @@ def drafter_of(kind: str, tokens: int, model: LM, draft_model: LM | None) -> Dra
     for name, one in (("the model", model), ("the draft model", draft_model)):
         if one is not None and any(spec.per_seq for spec in one.state_specs()):
             raise UserError(f"{name} has linear attention, whose memory cannot take back a wrong guess; use draft=off")
-        ropes = [] if one is None else [getattr(layer.mixer, "rope", None) for layer in one.config.layers]
-        if any(rope is not None and rope.depends_on_length for rope in ropes):
+        if one is not None and one.config.depends_on_length:
             raise UserError(f"{name} has dynamic rope scaling: a guess would change all angles; use draft=off")
     if kind == "mtp":
         if not model.mtp:
@@ -134,7 +133,7 @@ class ModelDrafter(Drafter):
         counts = {blocks.window: blocks.count for blocks in engine.kinds}
         self.cache = PagedCache(self.model.state_specs(), counts, engine.config.block_size, device=engine.device,
                                 dtype=self.model.embed.weight.dtype, int8=engine.config.cache_dtype == "int8")
-        self.runner = Runner(self.model, self.cache, engine.vocab)
+        self.runner = Runner(self.model, self.cache, engine.vocab, gaps=engine.gaps)
 
     def guess(self, plan: Plan) -> None:
         self.cache.copy_blocks(plan.copies)

@@ -55,6 +55,12 @@ class LMConfig:
         if any(isinstance(layer.mixer, DeltaConfig) for layer in self.mtp):
             raise ValueError("mtp: a module that drafts a token must be able to forget it; linear attention cannot")
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether some layer turns all keys by angles that follow from the text's length (dynamic scaling)."""
+        ropes = [getattr(layer.mixer, "rope", None) for layer in self.layers]
+        return any(rope is not None and rope.depends_on_length for rope in ropes)
+
 
 KINDS = {kind.__name__: kind for kind in (
     LMConfig, LayerConfig, GQAConfig, MLAConfig, DeltaConfig, SwiGLUConfig, MLPConfig, MoEConfig, RopeConfig,

@@ -102,13 +102,14 @@ def prompts(served: Served, given: Any, *, begin: bool, param: str = "prompt") -
         pairs = [(marks, ids) for ids in served.tokenizer.encode_batch(given)]
     else:
         pairs = [([], ids) for ids in given]
-    rows = served.loaded.model.config.vocab_size
+    rows, gaps = served.service.engine.vocab, served.service.engine.gaps
     for before, ids in pairs:
         if not before and not ids:
             raise ApiError(400, f"{param} is empty", param=param)
-        if wrong := next((id for id in ids if id >= rows), None):
-            raise ApiError(400, f"{param} has the id {wrong}; the model's ids end at {rows - 1}", param=param)
-        require_room(served, len(before) + len(ids), param)
+        if wrong := next((id for id in ids if id >= rows or id in gaps), None):
+            raise ApiError(400, f"{param} has the id {wrong}, which is no token; the model's ids end at {rows - 1}",
+                           param=param)
+        require_room(served, len(before) + len(ids), param, answer=param != "input")
     return pairs
 
 
@@ -124,10 +125,11 @@ def chat_prompt(served: Served, messages: list[Message], tools: list[dict[str, A
     return ids
 
 
-def require_room(served: Served, count: int, param: str) -> None:
-    if count >= served.context:
-        raise ApiError(400, f"the prompt has {count} tokens and the context of {served.name} is {served.context}, which"
-                            " leaves no room for an answer; shorten it", param=param, code="context_length_exceeded")
+def require_room(served: Served, count: int, param: str, *, answer: bool = True) -> None:
+    if count + answer > served.context:
+        raise ApiError(400, f"the text has {count} tokens and the context of {served.name} is {served.context}"
+                            f"{', which leaves no room for an answer' if answer else ''}; shorten it", param=param,
+                       code="context_length_exceeded")
 
 
 def plain(message: Message, i: int) -> dict[str, Any]:
@@ -269,8 +271,8 @@ def sampling_of(served: Served, body: Generating) -> Sampling:
 
 
 def bias_id(served: Served, key: str) -> int:
-    rows = served.loaded.model.config.vocab_size
-    if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < rows):
+    rows, gaps = served.service.engine.vocab, served.service.engine.gaps
+    if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < rows and int(key) not in gaps):
         raise ApiError(400, f"logit_bias has the key {key[:40]!r}; its keys are token ids from 0 to {rows - 1}",
                        param="logit_bias")
     return int(key)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from mindseed.base.errors import UserError
 from mindseed.infer.engine import QueueFull
 from mindseed.infer.rows import TooLong
-from mindseed.infer.service import EngineDead
+from mindseed.infer.service import EngineDead, PassFailed
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 GONE = 499                                        # the client left before the answer; never sent, only counted
@@ -55,6 +55,9 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, TimeoutError):
         return ApiError(408, "the answer took longer than this server allows (its option --timeout_s); ask for fewer "
                              "tokens", code="timeout")
+    if isinstance(error, PassFailed):
+        return ApiError(500, "an error inside the model's engine ended this request and all that ran beside it; the "
+                             "server's log says more", code="engine_error")
     if isinstance(error, EngineDead):
         return ApiError(503, "the model's engine has stopped; the server must be started again", code="engine_stopped")
     return ApiError(500, f"an error inside the server: {type(error).__name__}; its log says more")
@@ -120,11 +123,20 @@ def in_body(body: Any, location: tuple[str | int, ...], *, absent: bool) -> str:
 
 # ----------------------------------------------------------------------------------------------------- reading JSON
 
+DIGITS = 400                                      # of a number; a float64 has no more
+
+
+def whole_number(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ApiError(400, f"the body holds a number of {len(digits)} digits")
+    return int(digits)
+
+
 def strict_json(data: bytes, *, depth: int = 100) -> Any:
     """The value of a JSON text. ApiError for what is not JSON, or is but would do harm further on: bytes that are not
     UTF-8, lone surrogates, NaN and infinities, and nests deeper than `depth`."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=not_a_number)
+        value = json.loads(data.decode("utf-8"), parse_constant=not_a_number, parse_int=whole_number)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:

@@ -18,7 +18,7 @@ from mindseed.serve.errors import ApiError
 
 OPEN = ("/health", "/docs", "/openapi.json")      # to everybody, at any rate
 BUCKETS = 10_000                                  # of clients that are remembered
-BODY_S = 60.0                                     # the longest wait for the next piece of a body
+BODY_S, WHOLE_S = 60.0, 600.0                     # the longest wait for the next piece of a body, and for all
 
 
 class Guard:
@@ -76,16 +76,17 @@ class Guard:
 
     def limited(self, receive: Receive) -> Receive:
         """`receive`, but for bodies that are too large or do not come to an end."""
-        seen, whole = 0, False
+        seen, whole, began = 0, False, time.monotonic()
 
         async def inner() -> Message:
             nonlocal seen, whole
             if whole:
                 return await receive()            # waits for the client to leave
             try:
-                message = await asyncio.wait_for(receive(), BODY_S)
+                message = await asyncio.wait_for(receive(), min(BODY_S, began + WHOLE_S - time.monotonic()))
             except TimeoutError:
-                raise ApiError(408, f"the body did not arrive: nothing came for {BODY_S:.0f} s") from None
+                raise ApiError(408, f"the body did not arrive: nothing came for {BODY_S:.0f} s, or not all of it in "
+                                    f"{WHOLE_S:.0f} s") from None
             seen, whole = seen + len(message.get("body", b"")), not message.get("more_body", False)
             if seen > self.body_bytes:
                 if not whole:

@@ -73,7 +73,8 @@ router = APIRouter(route_class=StrictRoute)
 
 def create_app(models: list[Served], config: ServeConfig = ServeConfig()) -> FastAPI:
     """The application. It does not own the models: whoever made their services closes them."""
-    app = FastAPI(title="mindseed", version=__version__, description=ABOUT, openapi_tags=TAGS, redoc_url=None)
+    app = FastAPI(title="mindseed", version=__version__, description=ABOUT, openapi_tags=TAGS, redoc_url=None,
+                  redirect_slashes=False)
     app.state.models = {served.name: served for served in models}
     app.state.config, app.state.metrics = config, Metrics(models)
     bearer = HTTPBearer(auto_error=False, description="a key, if the server was given any")      # told, for /docs only
@@ -120,6 +121,8 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 async def answer(request: Request, served: Served, asks: list[Ask], body: Generating,
                  shape: type[ChatChoice | TextChoice], prefix: str, kind: str) -> Response:
     """Have the engine write all answers to all prompts, and send them."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     timeout = request.app.state.config.timeout_s
     deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
     usage, n = Usage(asks), body.n or 1

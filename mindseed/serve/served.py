@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -16,9 +17,11 @@ from mindseed.infer.constrain import Grammar
 from mindseed.infer.sample import Sampling
 from mindseed.infer.service import Service
 from mindseed.interop.directory import Loaded
+from mindseed.serve.errors import ApiError
 from mindseed.tokenizers.base import document_marks
 
 GRAMMARS = 64                                     # compiled ones that are kept
+REFUSED_S = 60.0                                  # how long one that could not be compiled is not tried again
 COMPILE_S = 10.0                                  # for a grammar; there are short ones that would take years
 compiling = threading.BoundedSemaphore(2)         # of which no more than so many may keep a core busy
 
@@ -27,7 +30,8 @@ def within(seconds: float, make: Callable[[], Grammar]) -> Grammar:
     """What `make` returns, if it does so in time; UserError if not. Its thread can't be stopped, but is not waited for
     when the program ends."""
     if not compiling.acquire(timeout=seconds):
-        raise UserError("other requests' grammars are being compiled and take long; try again later")
+        raise ApiError(429, "other requests' grammars are being compiled and take long; try again later",
+                       code="grammars_busy", retry_after_s=seconds)
     future: Future[Grammar] = Future()
 
     def work() -> None:
@@ -53,7 +57,7 @@ class Served:
     sampling: Sampling = Sampling()               # what a request does not say
     thinking: bool | None = None                  # the same of thinking first
     created: int = field(default_factory=lambda: int(time.time()))
-    grammars: OrderedDict[str, Grammar] = field(default_factory=OrderedDict)
+    grammars: OrderedDict[str, tuple[Grammar | UserError, float]] = field(default_factory=OrderedDict)      # until when
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -88,15 +92,23 @@ class Served:
         """`make(tokenizer, *values, **more)`, compiled at the first request that asks for it."""
         key = json.dumps([make.__name__, values, more])
         with self.lock:
-            if key in self.grammars:
+            known, until = self.grammars.get(key, (None, 0.0))
+            if known is not None and time.monotonic() < until:
                 self.grammars.move_to_end(key)
-                return self.grammars[key]
-        grammar = within(COMPILE_S, functools.partial(make, self.tokenizer, *values, **more))
-        with self.lock:
-            self.grammars[key] = grammar
-            while len(self.grammars) > GRAMMARS:
-                self.grammars.popitem(last=False)
-        return grammar
+            else:
+                known = None
+        if known is None:
+            try:
+                known, until = within(COMPILE_S, functools.partial(make, self.tokenizer, *values, **more)), math.inf
+            except UserError as error:            # not tried again for a while: it may have cost as long to find out
+                known, until = error, time.monotonic() + REFUSED_S
+            with self.lock:
+                self.grammars[key] = known, until
+                while len(self.grammars) > GRAMMARS:
+                    self.grammars.popitem(last=False)
+        if isinstance(known, UserError):
+            raise UserError(str(known))
+        return known
 
     def spell(self, id: int) -> str:
         """The text of one token; a piece of a character as its bytes, bytes:\\xe4\\xbd, so that names stay apart."""
