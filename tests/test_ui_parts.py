@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import sqlite3
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from mindseed.base.config import parse
 from mindseed.base.errors import UserError
@@ -20,6 +22,7 @@ from mindseed.recipes import ui
 from mindseed.tokenizers.chat import encode_chat, normalise
 from mindseed.tokenizers.byte import Byte
 from mindseed.ui import talk
+from mindseed.ui.look import shown
 from mindseed.ui.runs import Log, differences, find_runs, smooth, thin
 from mindseed.ui.store import Store, as_markdown, as_row
 from mindseed.ui.studio import Studio, find_models, short_names
@@ -151,6 +154,119 @@ def test_exports_are_what_training_reads(tmp_path):
     assert page.count("## Assistant") == 1 and "> Add.\n\nIt is 2." in page and 'Result: `{"value": "2"}`' in page
 
 
+def test_half_answers_are_no_examples(tmp_path):
+    store = Store(tmp_path)
+    id, at = store.create("halves", {}), None
+    call = {"name": "calculate", "arguments": {"sum": "1+1"}}
+    for message, finish in ((user("a"), None), (assistant("A."), "stop"), (user("b"), None),
+                            (assistant("B"), "stopped"), (user("c"), None),
+                            (assistant("", tool_calls=[call]), "tool_calls"),
+                            ({"role": "tool", "content": "2"}, None), (assistant("C"), "broken"), (user("d"), None),
+                            (assistant("D."), "stop"), (user("e"), None), (assistant("E"), "length")):
+        at = store.add(id, message, parent=at, about={"finish": finish} if finish else {})
+    path = store.path(id)
+    assert [m["content"] for m in as_row(path)["messages"]] == ["a", "A.", "d", "D."]
+    assert as_row(path[2:4]) is None and as_row(path[4:8], system="s") is None
+    assert "\n\nB\n" in as_markdown("halves", path)                              # for reading everything is there
+
+
+def test_ids_are_never_given_twice(tmp_path):
+    store = Store(tmp_path)
+    ids = [store.create(str(i), {}) for i in range(3)]
+    message = store.add(ids[2], user("x"), parent=None)
+    store.delete(ids[2])
+    again = store.create("again", {})
+    assert again > ids[2] and store.add(again, user("y"), parent=None) > message
+
+
+OLD = """
+create table if not exists conversation (
+    id integer primary key, title text not null, updated real not null, leaf integer, settings text not null);
+create table if not exists message (
+    id integer primary key, conversation integer not null references conversation on delete cascade,
+    parent integer references message on delete cascade, message text not null, about text not null);
+create index if not exists message_place on message (conversation, parent);
+create table if not exists setting (name text primary key, value text not null);
+insert into conversation values (4, 'one', 1.5, 9, '{"model": "m"}'), (7, 'two', 2.5, null, '{}');
+insert into message values (8, 4, null, '{"role": "user", "content": "a"}', '{}');
+insert into message values (9, 4, 8, '{"role": "assistant", "content": "b"}', '{"tokens": 3}');
+insert into setting values ('language', '"zh"');
+pragma user_version = 1;
+"""
+
+
+def test_a_database_of_the_first_version_is_taken_over(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "studio.sqlite3")) as file:
+        file.executescript(OLD)
+    store = Store(tmp_path)
+    assert [(c.id, c.title, c.updated, c.settings) for c in store.conversations()] == [
+        (7, "two", 2.5, {}), (4, "one", 1.5, {"model": "m"})]
+    assert told(store, 4) == ["a", "b"] and store.path(4)[1].about == {"tokens": 3} and store.get("language") == "zh"
+    store.delete(7)
+    assert store.create("new", {}) == 8 and store.add(8, user("c"), parent=None) == 10
+    store.delete(4)                                                               # takes its messages along, as ever
+    with contextlib.closing(sqlite3.connect(store.database)) as file:
+        assert file.execute("select id from message").fetchall() == [(10,)]
+        assert file.execute("pragma foreign_key_check").fetchall() == []
+        assert {name for name, in file.execute("select name from sqlite_master where name not like 'sqlite%'")} == {
+            "conversation", "message", "message_place", "setting"}
+
+
+# --------------------------------------------------------------------------------------------------- a model's words
+
+PICTURE = "![x](http://evil/t.png)"
+
+
+def drawn(text: str) -> str:
+    return MarkdownIt("commonmark", {"html": False}).enable("table").render(shown(text))
+
+
+@pytest.mark.parametrize("text", [
+    *("\\" * n + PICTURE for n in range(5)), f"see{PICTURE}", f"!{PICTURE}", "![a [b] `c` ![d](e)](f)",
+    "![x][ref]\n\n[ref]: http://evil/t.png", "![ref]\n\n[ref]: http://evil/t.png",
+    "![ref][]\n\n[ref]: <http://evil>",
+    f"- {PICTURE}\n  1. {PICTURE}", f"> {PICTURE}", f"# {PICTURE}", f"{PICTURE}\n===", f"|a|b|\n|-|-|\n|{PICTURE}|c|",
+    f"[{PICTURE}](http://evil)", f"**{PICTURE}**", "<img src='http://evil/t.png'>", f"<b>{PICTURE}</b>",
+    f"`a\n\nb` {PICTURE} `c`", f"\\`{PICTURE}\\`", f"``a` {PICTURE}", f"`![a](b)` {PICTURE}", f"    {PICTURE}",
+    f"  \t{PICTURE}\n\t{PICTURE}", f"```\n![a](b)\n```\n{PICTURE}", "\ufdd0\ufdd1![x](y)", "!\ufdd0[x](y)"])
+def test_a_model_can_show_no_picture(text):
+    assert "<img" not in drawn(text) and "\ufdd0" not in shown(text)
+
+
+@pytest.mark.parametrize("text", [
+    f"$ ` $ {PICTURE} ` $",
+    f'<a title="`"> {PICTURE} `', f"[^1]\n\n[^1]: a\n\n    {PICTURE}",
+    f':a[b]{{c="`"}} {PICTURE} `', f"http://a.b/` {PICTURE} `", f"www.a.b/` {PICTURE} `",
+    f"$$ a\nb $$\n```\n$$\n{PICTURE}\n```",
+    f"`a\n$$\n$$\n{PICTURE}`",
+    f"|a|b|\n|-|-|\n| ` | {PICTURE} ` |"])
+def test_nor_where_the_browser_sees_no_code(text):
+    """What it would take for formula, footnote, directive, bare address or table begins nowhere outside of code."""
+    out = re.sub("```.*?```|(`+)[^`].*?\\1|(?m:^    .*$)", "", shown(text), flags=re.DOTALL)
+    if "![" in shown(text):
+        assert not re.search(r"[$<|\[]|:|www\.", out)
+
+
+@pytest.mark.parametrize("code", ["$1", "![a](b)", "a $1 ![a](b) \\![c](d) $2 https://x.y/$z", r"\$1 \\![a](b)",
+                                  "vec![1, 2]"])
+@pytest.mark.parametrize("form", ["`{}`", "``{}``", "- `{}` and **b**", "```sh\n{}\n```",
+                                  "~~~\n{}\n\n{}\n~~~",
+                                  "1. a\n   ```\n   {}\n   ```\n2. b", "> ```\n> {}\n> ```", "a\n\n    {}\n\nb",
+                                  "# `{}`"])
+def test_code_is_left_as_it_is(code, form):
+    assert shown(form.replace("{}", code)) == form.replace("{}", code)
+    beside = f"Not {PICTURE} but\n\n{form.replace('{}', code)}\n\nfor $5"
+    assert form.replace("{}", code) in shown(beside) and "<img" not in drawn(beside)
+
+
+def test_dollars_and_formulas():
+    for text in ("$x^2$", "$$\nx\n$$", "so $x$ and $y$, \\\\", "**a** [b](c)", "https://a.b/?$filter=1"):
+        assert shown(text) == text or "$" in text and drawn(text) == MarkdownIt().render(text)
+    assert shown("$x^2$ and $$y$$") == "$x^2$ and $$y$$"
+    assert shown("from $5 to $10, \\$3 \\\\$4, in US$") == "from &#36;5 to &#36;10, &#36;3 \\\\&#36;4, in US&#36;"
+    assert ">x</a>" in drawn(PICTURE) and drawn("costs $5") == "<p>costs $5</p>\n"
+
+
 def test_what_is_sent_to_the_server():
     call = {"name": "f", "arguments": {"x": 1}}
     messages = [user("1"), assistant("", tool_calls=[call, call]), {"role": "tool", "content": "r"},
@@ -222,15 +338,15 @@ def test_thinning_keeps_the_extremes_and_smoothing_the_mean(values, limit):
 # --------------------------------------------------------------------------------------------------- words and options
 
 def sentences() -> set[str]:
-    """Every text that the pages hand to gettext, and the two that talk.py leaves to them."""
-    found = {talk.FORGOTTEN, talk.STOPPED}
+    """Every text that the pages hand to gettext, and those that talk.py leaves to them."""
+    found = {talk.FORGOTTEN, talk.STOPPED, talk.FORM, talk.NO_JSON, talk.NOTHING, talk.NO_END}
     for path in UI.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_":
                 if isinstance(node.args[0], ast.Constant):
                     found.add(node.args[0].value)
                 else:
-                    assert ast.unparse(node.args[0]) == "event.text"
+                    assert ast.unparse(node.args[0]) in ("event.text", "error.what")
     return found
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import base64
 import html
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import streamlit as st
+from markdown_it import MarkdownIt
 
 THEME = Path(__file__).with_name("theme.toml")
 LIGHT = ("#2563a8", "#d08a1e", "#1f8a5b", "#8a4fb8", "#c2445f", "#16838c", "#77701d", "#7c8590")
@@ -86,6 +89,13 @@ NARROW = """<style>
 .stMainBlockContainer, [data-testid="stBottomBlockContainer"] { max-width: 56rem }
 </style>"""
 
+PARSER = MarkdownIt("commonmark").enable("table")
+NOBODYS = re.compile("[\ufdd0-\ufdef]")          # characters that Unicode keeps free of meaning: ours for a moment
+MARK, DOLLAR = "\ufdd0", "\ufddf"
+MARKED = re.compile(rf"(\\*){MARK}([\ufdd1-\ufdda]+)")
+FORMULA = re.compile(f"{DOLLAR * 2}[^{DOLLAR}`]+{DOLLAR * 2}|"
+                     rf"{DOLLAR}(?!\d)(?:[^{DOLLAR}`\n]|\n(?!\s*\n))+{DOLLAR}(?!\d)")
+
 
 def is_dark() -> bool:
     return st.context.theme.type == "dark"
@@ -134,9 +144,52 @@ def plain(text: str) -> str:
 
 def shown(text: str) -> str:
     """A model's words as Markdown. Pictures become links, since to load one would tell its host that it was shown;
-    amounts of dollars stay what they are and do not become formulas."""
-    text = text.replace("![", "\\![")
-    return "".join(f"\\{c}" if c == "$" and text[i + 1:i + 2].isdigit() else c for i, c in enumerate(text))
+    dollars that enclose no formula stay dollars; code is left as it is.
+
+    The browser's parser knows more than CommonMark (formulas, footnotes, directives) and so might see text where ours
+    sees code. That matters only if a picture could stand in the code: then the text around it loses what the two read
+    differently, links and formulas among it.
+    """
+    text = NOBODYS.sub("\ufffd", textwrap.dedent(text).strip())                 # as st.markdown will do
+    out = harmless(text, r"\$|!(?=\[)")
+    if "![" in out and ("](" in out or "]:" in out):
+        out = harmless(text, r"[$:<|\[]|(?<=[wW]{3})\.", careful=True)
+    return out
+
+
+def harmless(text: str, pattern: str, *, careful: bool = False) -> str:
+    """Markdown in which the characters that `pattern` finds outside of code are entities, which no backslash undoes.
+
+    To learn which ones are in code each is replaced by a number, spelt in characters that mean nothing, and the
+    parser says where the numbers come to stand.
+    """
+    chars: list[str] = []
+
+    def number(found: re.Match) -> str:
+        chars.append(found[0])
+        return MARK + "".join(chr(ord(MARK) + 1 + int(digit)) for digit in str(len(chars) - 1))
+
+    def index(digits: str) -> int:
+        return int("".join(str(ord(c) - ord(MARK) - 1) for c in digits))
+
+    marked, code = re.sub(pattern, number, text), set()
+    for token in PARSER.parse(marked) if chars else ():
+        for piece in [token, *(token.children or ())]:
+            inside = piece.type in ("fence", "code_block") or (
+                piece.type == "code_inline" and not (careful and piece.content not in marked))   # not over line ends
+            numbers = MARKED.finditer(f"{piece.info}\n{piece.content}") if inside else ()
+            code |= {index(found[2]) for found in numbers}
+
+    def restore(found: re.Match) -> str:
+        slashes, i = found[1], index(found[2])
+        if i in code:
+            return slashes + chars[i]
+        if len(slashes) % 2:                      # escaped already: the entity takes the place of both
+            return f"{slashes[1:]}&#{ord(chars[i])};"
+        return slashes + (DOLLAR if chars[i] == "$" and not careful else f"&#{ord(chars[i])};")
+
+    out = FORMULA.sub(lambda found: found[0].replace(DOLLAR, "$"), MARKED.sub(restore, marked))
+    return out.replace(DOLLAR, "&#36;")
 
 
 def chart(layers: Any, *, height: int = 230, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ import streamlit as st
 from mindseed.base.errors import UserError
 from mindseed.tokenizers.base import ByteLevel
 from mindseed.tokenizers.hf_json import load_tokenizer
-from mindseed.ui import talk
+from mindseed.ui import look, talk
 from mindseed.ui.look import empty
 from mindseed.ui.runs import Log
 from mindseed.ui.store import Store
@@ -100,7 +100,21 @@ def guarded() -> Iterator[None]:
     except talk.Unreachable:
         no_server()
     except UserError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(told(error), icon=":material/error:")
+
+
+def told(error: Exception) -> str:
+    """An error in the reader's language, as far as it is one of the server's."""
+    if isinstance(error, talk.Refused) and error.code == "context_length_exceeded":
+        return _("The question alone does not fit into the model's context. Shorten it, or lower the longest answer.")
+    if isinstance(error, talk.Unreachable):
+        return _("The connection to {server} failed ({what}). Ask again; if it fails again, see whether the server "
+                 "still runs.", server=studio().server, what=look.plain(str(error)))
+    if isinstance(error, talk.Garbled):
+        return _("What came from {server} is not the answer of a model server ({what}). Check the address, and that "
+                 "`mindseed serve` or another server of the OpenAI API runs there.",
+                 server=error.server, what=_(error.what) + look.plain(error.piece))
+    return str(error)
 
 
 def no_server() -> None:

@@ -20,16 +20,15 @@ from typing import Any, Iterator
 from mindseed.base.errors import UserError
 from mindseed.base.files import make_folder
 
-VERSION = 1
-SCHEMA = """
-create table if not exists conversation (
-    id integer primary key, title text not null, updated real not null, leaf integer, settings text not null);
-create table if not exists message (
-    id integer primary key, conversation integer not null references conversation on delete cascade,
-    parent integer references message on delete cascade, message text not null, about text not null);
-create index if not exists message_place on message (conversation, parent);
-create table if not exists setting (name text primary key, value text not null);
-"""
+VERSION = 2
+TABLES = {                                        # autoincrement: the id of what was deleted is never given again
+    "conversation": "id integer primary key autoincrement, title text not null, updated real not null, leaf integer, "
+                    "settings text not null",
+    "message": "id integer primary key autoincrement, conversation integer not null references conversation "
+               "on delete cascade, parent integer references message on delete cascade, message text not null, "
+               "about text not null",
+    "setting": "name text primary key, value text not null"}
+UNFINISHED = ("stopped", "broken", "length", "context")           # how an answer ends that is only half of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +66,8 @@ class Store:
         make_folder(self.database.parent)
         try:
             with contextlib.closing(sqlite3.connect(self.database, timeout=10)) as file:
-                file.execute("pragma foreign_keys = on")
                 self.prepare(file)
+                file.execute("pragma foreign_keys = on")
                 with file:
                     yield file
         except sqlite3.Error as error:
@@ -76,12 +75,26 @@ class Store:
                             "--data") from None
 
     def prepare(self, file: sqlite3.Connection) -> None:
-        """Make the tables of a new file; two processes may try at once."""
-        version = file.execute("pragma user_version").fetchone()[0]
-        if version > VERSION:
+        """Make the tables of a new file, or make those of an older version anew; two processes may try at once."""
+        def version() -> int:
+            return file.execute("pragma user_version").fetchone()[0]
+
+        if version() > VERSION:
             raise UserError(f"{self.database} was written by a newer mindseed; use that one, or another --data folder")
-        if version < VERSION:
-            file.executescript(f"begin immediate; {SCHEMA} pragma user_version = {VERSION}; commit;")
+        if version() == VERSION:
+            return
+        file.execute("begin immediate")
+        with file:
+            before = version()                    # perhaps the other one has done it
+            for name, columns in TABLES.items() if before < VERSION else ():
+                file.execute(f"create table new_{name} ({columns})")
+                if before:
+                    file.execute(f"insert into new_{name} select * from {name}")
+                    file.execute(f"drop table {name}")
+                file.execute(f"alter table new_{name} rename to {name}")
+            if before < VERSION:
+                file.execute("create index message_place on message (conversation, parent)")
+                file.execute(f"pragma user_version = {VERSION}")
 
     # ------------------------------------------------------------------------------------------------- conversations
 
@@ -178,9 +191,19 @@ def spell(value: Any) -> str:
 
 def as_row(entries: list[Entry], *, system: str = "", tools: list[dict] | None = None) -> dict[str, Any] | None:
     """A conversation as a row that `mindseed train` reads; None if no answer is in it. A question without an answer,
-    and what the assistant left empty, stay out."""
-    messages = [dict(entry.message) for entry in entries
-                if entry.role != "assistant" or any(entry.message.get(k) for k in ("content", "tool_calls"))]
+    and what the assistant left empty, stay out; so does an answer that is only half there, with its question: a model
+    would learn from it to break off."""
+    messages: list[dict[str, Any]] = []
+    asked = 0                                     # where the last question stands
+    half = False                                  # its answer broke off: nothing more is taken up to the next question
+    for entry in entries:
+        if entry.role == "user":
+            asked, half = len(messages), False
+        if entry.role == "assistant" and entry.about.get("finish") in UNFINISHED:
+            half = True
+            del messages[asked:]
+        if not half and (entry.role != "assistant" or any(entry.message.get(k) for k in ("content", "tool_calls"))):
+            messages.append(dict(entry.message))
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:

@@ -6,13 +6,16 @@ it is asked again, until it has nothing more to call. It comes as `Event`s while
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import json
 import queue
+import socket
+import ssl
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Generator, Iterator, Literal
+from typing import Any, Callable, Generator, Iterator, Literal
 from urllib.parse import urlsplit
 
 import httpx
@@ -24,6 +27,8 @@ from mindseed.ui.tools import TOOLS, execute
 ROUNDS = 6                                        # of calls in one turn; a model that never stops calling is stopped
 FORGOTTEN = "The context is full: the oldest part of the conversation was left out."
 STOPPED = "The model called tools again and again, and was stopped."
+FORM, NO_JSON = "its form is not that of the API", "it is no JSON"
+NOTHING, NO_END = "no piece of an answer is in it", "it stops before the answer's end"
 Message = dict[str, Any]
 
 
@@ -71,6 +76,16 @@ class Unreachable(UserError):
     """The server does not answer."""
 
 
+class Garbled(UserError):
+    """What came is no answer of such a server: it is something else, or it broke off. `session.told` says so in the
+    reader's language."""
+
+    def __init__(self, server: str, what: str, piece: str = "") -> None:
+        super().__init__(f"what came from {server} is not the answer of a model server ({what}{piece}); check the "
+                         "address, and that `mindseed serve` or another server of the OpenAI API runs there")
+        self.server, self.what, self.piece = server, what, piece
+
+
 class Refused(UserError):
     """The server answers that it won't; `code` is the API's word for why."""
 
@@ -81,19 +96,34 @@ class Refused(UserError):
 
 def connect(server: str, *, key: str = "") -> openai.OpenAI:
     """A client of the server at an address without /v1. On this machine no proxy stands in between."""
+    return openai.OpenAI(base_url=f"{server}/v1", api_key=key or "none", max_retries=0, http_client=dialler(server))
+
+
+def dialler(server: str) -> httpx.Client:
     host = urlsplit(server).hostname or ""
     with contextlib.suppress(ValueError):
         host = "localhost" if ipaddress.ip_address(host).is_loopback else host
-    timeout = httpx.Timeout(600.0, connect=3.0)
-    return openai.OpenAI(base_url=f"{server}/v1", api_key=key or "none", max_retries=0,
-                         http_client=httpx.Client(trust_env=host != "localhost", timeout=timeout))
+    return httpx.Client(trust_env=host != "localhost", timeout=httpx.Timeout(600.0, connect=3.0), verify=certificates())
+
+
+@functools.cache
+def certificates() -> ssl.SSLContext:
+    """To read them takes longer than a short answer."""
+    return httpx.create_ssl_context()
+
+
+def address(client: openai.OpenAI) -> str:
+    """Of its server, as the user gave it."""
+    return str(client.base_url).removesuffix("/").removesuffix("/v1")
 
 
 @contextlib.contextmanager
-def plainly() -> Iterator[None]:
+def plainly(client: openai.OpenAI) -> Iterator[None]:
     """Failures of the connection and of the server as errors that a reader understands."""
     try:
         yield
+    except openai.APIResponseValidationError:
+        raise Garbled(address(client), FORM) from None
     except openai.APIConnectionError as error:
         raise Unreachable(str(error.__cause__ or error)) from None
     except openai.APIStatusError as error:
@@ -103,12 +133,19 @@ def plainly() -> Iterator[None]:
         raise Refused(error.message, error.code) from None
     except httpx.HTTPError as error:
         raise Unreachable(str(error) or type(error).__name__) from None
+    except json.JSONDecodeError as error:
+        raise Garbled(address(client), NO_JSON, f": {error.doc[:60]!r}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:     # openai checks no forms, and so trips
+        raise Garbled(address(client), FORM) from error
 
 
 def models(client: openai.OpenAI) -> list[str]:
     """The names that the server answers to."""
-    with plainly():
-        return [model.id for model in client.with_options(timeout=5).models.list()]
+    with plainly(client):
+        names = [model.id for model in client.with_options(timeout=5).models.list().data]
+        if not all(isinstance(name, str) for name in names):
+            raise Garbled(address(client), FORM)
+        return names
 
 
 def asked(settings: Settings, *, chat: bool = True) -> dict[str, Any]:
@@ -179,15 +216,16 @@ def one(client: openai.OpenAI, settings: Settings, messages: list[Message], *,
     if settings.tools:
         extra = {"tools": [TOOLS[name].openai() for name in settings.tools],
                  "tool_choice": "required" if must_call else "auto"}
+    extra |= {"messages": head + sent(messages), "stream_options": {"include_usage": True}, **asked(settings)}
     draft, began = Draft(), time.monotonic()
-    with plainly(), client.chat.completions.create(messages=head + sent(messages), stream=True, **extra,
-                                                   stream_options={"include_usage": True}, **asked(settings)) as chunks:
+    with plainly(client), client.chat.completions.create(stream=True, **extra) as chunks:
         for chunk in chunks:
             draft.since = draft.since or time.monotonic()
             draft.tokens = chunk.usage.completion_tokens if chunk.usage else draft.tokens
             for choice in chunk.choices:
                 draft.finish = choice.finish_reason or draft.finish
                 yield from draft.add(choice.delta)
+    draft.require_end(client)
     return draft.message(), draft.about(settings.model, began)
 
 
@@ -219,6 +257,11 @@ class Draft:
                 self.calls[call.index][1] += call.function.arguments
                 yield Event(kind="arguments", text=call.function.arguments, index=call.index)
 
+    def require_end(self, client: openai.OpenAI) -> None:
+        """Every answer says why it ends; one that does not was cut off on its way, or is a page of something else."""
+        if self.finish is None:
+            raise Garbled(address(client), NOTHING if self.since is None else NO_END)
+
     def message(self) -> Message:
         message: Message = {"role": "assistant", "content": self.content}
         if self.reasoning:
@@ -248,37 +291,59 @@ def parsed(arguments: str) -> dict[str, Any]:
 def continue_text(client: openai.OpenAI, settings: Settings, prompt: str) -> Iterator[Event]:
     """What the model writes after a text that is no conversation, as one that has only been pretrained can."""
     draft, began = Draft(), time.monotonic()
-    with plainly(), client.completions.create(prompt=prompt, stream=True, stream_options={"include_usage": True},
-                                              **asked(settings, chat=False)) as chunks:
+    extra = {"prompt": prompt, "stream_options": {"include_usage": True}, **asked(settings, chat=False)}
+    with plainly(client), client.completions.create(stream=True, **extra) as chunks:
         for chunk in chunks:
             draft.since = draft.since or time.monotonic()
             draft.tokens = chunk.usage.completion_tokens if chunk.usage else draft.tokens
             for choice in chunk.choices:
                 draft.finish, draft.content = choice.finish_reason or draft.finish, draft.content + choice.text
                 yield Event(kind="content", text=choice.text)
+    draft.require_end(client)
     yield Event(kind="message", message=draft.message(), about=draft.about(settings.model, began))
 
 
 class Writing:
-    """Events of a turn that is written in a thread of its own, so that whoever waits for them can be interrupted."""
+    """Events of a turn that is written in a thread of its own, so that whoever waits for them can be interrupted.
 
-    def __init__(self, events: Iterator[Event]) -> None:
+    `write` is `reply` or `continue_text`. It gets a client with connections of its own, which `stop` cuts: a thread
+    that waits for a server's first word looks at nothing else.
+    """
+
+    def __init__(self, client: openai.OpenAI, write: Callable[..., Iterator[Event]], settings: Settings,
+                 asked: list[Message] | str) -> None:
         self.events: queue.Queue[Event | None] = queue.Queue()
-        self.failed: UserError | None = None      # why it ended before its time
+        self.failed: Exception | None = None      # why it ended before its time
         self.over, self.stopped = False, threading.Event()
+        self.lines: list[Any] = []                # httpcore's streams
+        self.http = dialler(address(client))
+        self.http.event_hooks = {"request": [lambda request: request.extensions.update(trace=self.connected)]}
+        events = write(client.with_options(http_client=self.http), settings, asked)
         threading.Thread(target=self.run, args=(events,), daemon=True).start()
 
     def run(self, events: Iterator[Event]) -> None:
         try:
-            with contextlib.closing(events):
+            with self.http, contextlib.closing(events):
                 for event in events:
                     self.events.put(event)
-                    if self.stopped.is_set():     # closing the iterator ends the request, and the server stops writing
+                    if self.stopped.is_set():
                         return
-        except UserError as error:
-            self.failed = error
+        except Exception as error:                # a fault of ours, too, must not look like an end
+            self.failed = None if self.stopped.is_set() else error
         finally:
             self.events.put(None)
+
+    def connected(self, name: str, info: dict[str, Any]) -> None:
+        """What httpcore reports: here, that a connection is there, or that it is now encrypted."""
+        if name.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self.lines.append(info["return_value"])
+            if self.stopped.is_set():
+                self.cut()
+
+    def cut(self) -> None:
+        for line in list(self.lines):
+            with contextlib.suppress(OSError):    # closed by now
+                line.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def take(self, wait_s: float) -> Event | None:
         """The next event; None if none comes in that time, or `over`."""
@@ -290,7 +355,9 @@ class Writing:
         return event
 
     def stop(self) -> None:
+        """End the request, at whatever point it is; the server stops writing, or never begins."""
         self.stopped.set()
+        self.cut()
 
 
 def again(settings: Settings, versions: int) -> Settings:

@@ -87,8 +87,8 @@ def about_line(turn: list[Entry]) -> str:
     return " · ".join(filter(None, [
         last.get("model"), _("{n} tokens", n=tokens) if tokens else None,
         _("{n} tokens/s", n=f"{last['tokens_per_s']:.0f}") if last.get("tokens_per_s") else None,
-        {"length": _("cut at the limit"), "context": _("the context is full"), "stopped": _("stopped")}.get(
-            last.get("finish"))]))
+        {"length": _("cut at the limit"), "context": _("the context is full"), "stopped": _("stopped"),
+         "broken": _("broken off")}.get(last.get("finish"))]))
 
 
 class Live:

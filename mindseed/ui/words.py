@@ -41,18 +41,27 @@ ZH = {
     "Ask something": "输入问题", "Edit": "编辑", "Ask again": "重新提问", "Cancel": "取消", "Stop": "停止",
     "Edit and ask again": "修改后重新提问", "Answer again": "重新回答", "Answer": "回答",
     "Title": "标题", "Export as JSON lines": "导出为 JSON 行", "Export as Markdown": "导出为 Markdown",
-    "One row that `mindseed train` reads.": "一行数据，可直接用于 `mindseed train`。",
+    "One row that `mindseed train` reads. Answers that are only half there stay out.":
+        "一行数据，可直接用于 `mindseed train`。未写完的回答不会导出。",
     "Export all conversations": "导出全部对话",
-    "JSON lines: a file to fine-tune on with `mindseed train`.": "JSON 行文件，可用 `mindseed train` 微调。",
+    "JSON lines: a file to fine-tune on with `mindseed train`. Answers that are only half there stay out.":
+        "JSON 行文件，可用 `mindseed train` 微调。未写完的回答不会导出。",
     "Delete this conversation": "删除这个对话", "Delete for good": "彻底删除",
     "Export, rename, delete": "导出、重命名、删除",
     "The question alone does not fit into the model's context. Shorten it, or lower the longest answer.":
         "单是这个问题就超出了模型的上下文。请缩短问题，或减小最大回答长度。",
+    "What came from {server} is not the answer of a model server ({what}). Check the address, and that "
+    "`mindseed serve` or another server of the OpenAI API runs there.":
+        "{server} 返回的内容不是模型服务器的回答（{what}）。请检查地址，并确认那里运行着 `mindseed serve` 或其他 OpenAI API 服务器。",
+    "its form is not that of the API": "格式不符合 API", "it is no JSON": "不是 JSON",
+    "no piece of an answer is in it": "其中没有回答", "it stops before the answer's end": "回答没有结束就中断了",
+    "The connection to {server} failed ({what}). Ask again; if it fails again, see whether the server still runs.":
+        "与 {server} 的连接失败（{what}）。请重新提问；如果再次失败，请检查服务器是否仍在运行。",
     "The context is full: the oldest part of the conversation was left out.": "上下文已满：最早的对话内容没有发送。",
     "The model called tools again and again, and was stopped.": "模型反复调用工具，已被停止。",
     "Thoughts": "思考过程", "reading ...": "正在阅读……", "error": "错误",
     "{n} tokens": "{n} 个词元", "{n} tokens/s": "{n} 词元/秒",
-    "cut at the limit": "达到长度上限", "the context is full": "上下文已满", "stopped": "已停止",
+    "cut at the limit": "达到长度上限", "the context is full": "上下文已满", "stopped": "已停止", "broken off": "中途断开",
     # settings
     "Model": "模型", "Thinks first": "先思考", "as it likes": "自动", "always": "开", "never": "关",
     "Tools": "工具", "Settings": "设置", "the model's own": "模型默认",

@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from mindseed.base.errors import UserError
 from mindseed.ui import look, session, talk
 from mindseed.ui.toolbar import toolbar
 from mindseed.ui.store import Conversation, Entry, Store, as_markdown, as_row
@@ -98,27 +99,34 @@ def begin(store: Store, settings: Settings, question: str) -> Conversation:
 def menu(store: Store, conversation: Conversation | None, settings: Settings, entries: list[Entry]) -> None:
     """What can be done with the conversation as a whole."""
     if conversation is not None:
-        title = st.text_input(_("Title"), conversation.title, key=f"title_{conversation.id}", max_chars=200)
-        if title.strip() and title != conversation.title:
-            store.rename(conversation.id, title.strip())
-            st.rerun()
+        key = f"title_{conversation.id}"
+        if st.session_state.get(key) != conversation.title:       # another tab may have changed it: that one counts
+            st.session_state[key] = conversation.title
+        st.text_input(_("Title"), key=key, max_chars=200, on_change=rename, args=(store, conversation.id, key))
         name = f"mindseed-{conversation.id}"
         row = as_row(entries, system=settings.system, tools=[TOOLS[name].openai() for name in settings.tools])
         st.download_button(_("Export as JSON lines"), lines([row]), f"{name}.jsonl", key="export_row",
                            icon=":material/data_object:", width="stretch", disabled=row is None, on_click="ignore",
-                           help=_("One row that `mindseed train` reads."))
+                           help=_("One row that `mindseed train` reads. Answers that are only half there stay out."))
         st.download_button(_("Export as Markdown"), as_markdown(conversation.title, entries, system=settings.system),
                            f"{name}.md", icon=":material/markdown:", width="stretch", key="export_page",
                            on_click="ignore")
     st.download_button(_("Export all conversations"), lambda: lines(all_rows(store)), "mindseed-conversations.jsonl",
                        key="export_all", icon=":material/download:", width="stretch", on_click="ignore",
-                       help=_("JSON lines: a file to fine-tune on with `mindseed train`."))
+                       help=_("JSON lines: a file to fine-tune on with `mindseed train`. Answers that are only half "
+                              "there stay out."))
     if conversation is not None:
         sure = st.checkbox(_("Delete this conversation"), key=f"sure_{conversation.id}")
         if sure and st.button(_("Delete for good"), icon=":material/delete:", width="stretch", key="delete"):
             store.delete(conversation.id)
             open_conversation(None)
             st.rerun()
+
+
+def rename(store: Store, conversation: int, key: str) -> None:
+    """What was typed as its title; an empty one changes nothing."""
+    if title := st.session_state[key].strip():
+        store.rename(conversation, title)
 
 
 def all_rows(store: Store) -> list[dict[str, Any] | None]:
@@ -226,7 +234,7 @@ def answer(store: Store, conversation: Conversation, settings: Settings, entries
     with st.chat_message("assistant", avatar=look.SEEDLING):
         live = Live()
         st.button(_("Stop"), icon=":material/stop_circle:", type="tertiary", key="stop")
-        writing = talk.Writing(talk.reply(session.client(), settings, [entry.message for entry in entries]))
+        writing = talk.Writing(session.client(), talk.reply, settings, [entry.message for entry in entries])
         try:
             while not writing.over:
                 event = writing.take(0.2)
@@ -241,18 +249,15 @@ def answer(store: Store, conversation: Conversation, settings: Settings, entries
         finally:
             writing.stop()
             if message := live.partial():
-                store.add(conversation.id, message, parent=parent, about={"model": settings.model, "finish": "stopped"})
-    if isinstance(writing.failed, talk.Refused):
-        st.session_state.problem = problem(writing.failed)
+                finish = "broken" if writing.failed else "stopped"
+                store.add(conversation.id, message, parent=parent, about={"model": settings.model, "finish": finish})
+    if isinstance(writing.failed, talk.Unreachable):
+        session.names_of.clear()                  # is it gone? The page asks anew
+    if isinstance(writing.failed, UserError):
+        st.session_state.problem = session.told(writing.failed)
     elif writing.failed:
         raise writing.failed
     st.rerun()
-
-
-def problem(error: talk.Refused) -> str:
-    if error.code == "context_length_exceeded":
-        return _("The question alone does not fit into the model's context. Shorten it, or lower the longest answer.")
-    return str(error)
 
 
 if __name__ == "__main__":

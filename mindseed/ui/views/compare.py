@@ -7,7 +7,6 @@ import openai
 import streamlit as st
 
 from mindseed.ui import look, session, talk
-from mindseed.ui.views.chat import problem
 from mindseed.ui.store import Entry
 from mindseed.ui.talk import Event, Settings
 from mindseed.ui.toolbar import sampling, think, tools
@@ -23,7 +22,7 @@ class Side:
     def __init__(self, client: openai.OpenAI, settings: Settings, prompt: str, chat: bool) -> None:
         self.settings, self.entries = settings, []
         asked = [{"role": "user", "content": prompt}] if chat else prompt
-        self.writing = talk.Writing((talk.reply if chat else talk.continue_text)(client, settings, asked))
+        self.writing = talk.Writing(client, talk.reply if chat else talk.continue_text, settings, asked)
 
     def keep(self, event: Event) -> None:
         """What a message event carries."""
@@ -77,7 +76,7 @@ def show() -> None:
                 elif not side.writing.failed:
                     st.caption(_("stopped"))
                 if failed := side.writing.failed:
-                    st.error(problem(failed) if isinstance(failed, talk.Refused) else str(failed))
+                    st.error(session.told(failed))
 
 
 def draw_prompt(prompt: str) -> None:
@@ -114,8 +113,9 @@ def run(places: list, settings: Settings, names: list[str], prompt: str, *, chat
         for side, live in zip(sides, lives):
             side.writing.stop()
             if message := live.partial():
+                finish = "broken" if side.writing.failed else "stopped"
                 side.entries.append(Entry(id=0, parent=None, message=message,
-                                          about={"model": side.settings.model, "finish": "stopped"}))
+                                          about={"model": side.settings.model, "finish": finish}))
 
 
 if __name__ == "__main__":
