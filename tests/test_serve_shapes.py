@@ -6,6 +6,7 @@ at every level, nulls for what is not set, and habits like an empty stop text.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -136,5 +137,16 @@ def test_the_page_that_describes_it_all(server):
         assert set(bare) <= {"messages", "response_format", "tools", "chat_template_kwargs", "stream_options"}, bare
     for body in page["components"]["schemas"]["ChatRequest"]["examples"]:
         assert server.post("/v1/chat/completions", body | {"model": "mini", "max_tokens": 2}).status_code == 200
-    assert "swagger" in server.http.get("/docs").text.lower()
     assert json.dumps(page)
+
+
+def test_the_page_for_people(server):
+    """It is there without the internet, too: nothing in it is fetched from elsewhere."""
+    shown = server.http.get("/", follow_redirects=True)
+    assert shown.url.path == "/docs" and not re.search(r"(src|href)=.?(https?:)?//|url\(|@import", shown.text)
+    for path, methods in server.http.get("/openapi.json").json()["paths"].items():
+        assert all(f"<b>{method.upper()}</b> <code>{path}</code>" in shown.text for method in methods)
+    for words in ("list of string", "0 to 2", "chat.completion.chunk",
+                  str(server.http.base_url).rstrip("/")):
+        assert words in shown.text, words
+    assert server.http.get("/v1").json()["models"] == ["mini", "taught"]

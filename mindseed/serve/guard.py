@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mindseed.serve.errors import ApiError
 
-OPEN = ("/health", "/docs", "/openapi.json")      # to everybody, at any rate
+OPEN = ("/", "/health", "/docs", "/openapi.json")    # to everybody, at any rate
 BUCKETS = 10_000                                  # of clients that are remembered
 BODY_S, WHOLE_S = 60.0, 600.0                     # the longest wait for the next piece of a body, and for all
 

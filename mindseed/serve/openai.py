@@ -18,7 +18,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -31,7 +31,7 @@ from mindseed.serve.ask import Ask
 from mindseed.serve.errors import ApiError, strict_json
 from mindseed.serve.guard import Guard
 from mindseed.serve.metrics import Counted, Metrics
-from mindseed.serve.pages import ABOUT, RESPONSES, TAGS
+from mindseed.serve.pages import ABOUT, RESPONSES, TAGS, docs_page
 from mindseed.serve.schema import (ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, Generating,
                                    TokenizeRequest)
 from mindseed.serve.served import Served
@@ -73,8 +73,8 @@ router = APIRouter(route_class=StrictRoute)
 
 def create_app(models: list[Served], config: ServeConfig = ServeConfig()) -> FastAPI:
     """The application. It does not own the models: whoever made their services closes them."""
-    app = FastAPI(title="mindseed", version=__version__, description=ABOUT, openapi_tags=TAGS, redoc_url=None,
-                  redirect_slashes=False)
+    app = FastAPI(title="mindseed", version=__version__, description=ABOUT, openapi_tags=TAGS, docs_url=None,
+                  redoc_url=None, redirect_slashes=False)
     app.state.models = {served.name: served for served in models}
     app.state.config, app.state.metrics = config, Metrics(models)
     bearer = HTTPBearer(auto_error=False, description="a key, if the server was given any")      # told, for /docs only
@@ -226,6 +226,24 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 
 
 # ---------------------------------------------------------------------------------------------------- about the server
+
+@router.get("/", include_in_schema=False)
+async def home() -> Response:
+    return RedirectResponse("docs")
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    app, base = request.app, str(request.base_url).rstrip("/")
+    shown = [] if app.state.config.keys else [*app.state.models]      # names are for those with a key
+    return HTMLResponse(docs_page(app.openapi(), base, shown))
+
+
+@router.get("/v1", include_in_schema=False)
+async def about(request: Request) -> Response:
+    """For people who open the address that clients are given."""
+    return JSONResponse({"object": "api", "models": [*request.app.state.models], "docs": f"{request.base_url}docs"})
+
 
 @router.get("/v1/models", tags=["the server"], summary="The models", responses=RESPONSES["models"])
 async def models(request: Request) -> Response:
