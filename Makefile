@@ -14,7 +14,7 @@ LIMIT := $(VENV)/constraints.txt
 READY := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo studio test browser bench bench-llamacpp parity-llamacpp clean env
+.PHONY: help demo studio serve test browser bench bench-llamacpp parity-llamacpp clean env
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: env  ## grow a chat model from nothing on embedded data (ARGS="--help" for
 
 studio: $(VENV)/.ui  ## the studio in the browser, with the models and runs under runs/ (ARGS="--help" for its options)
 	@$(BIN)/mindseed ui $(ARGS)
+
+serve: $(VENV)/.ui  ## a model behind OpenAI's API (ARGS="runs/demo/fine-tune/model"; "--help" for its options)
+	@$(BIN)/mindseed serve $(or $(ARGS),runs/demo/fine-tune/model)
 
 test: $(VENV)/.test  ## the whole test suite (ARGS="-m parity" for a part of it)
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)

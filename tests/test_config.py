@@ -362,7 +362,7 @@ def test_sinks_unknown_and_not_installed(tmp_path, monkeypatch):
     assert "tracker 'wnb' is not known; choose from tensorboard" in complaint(open_sinks, ("wnb",), tmp_path, {}, "x")
     monkeypatch.setitem(sys.modules, "trackio", None)                    # as if it were not installed
     assert complaint(open_sinks, ("trackio",), tmp_path, {}, "x") == (
-        "trackio is not installed; pip install trackio")
+        f"trackio is not installed: {sys.executable} -m pip install trackio")
     with pytest.raises(ZeroDivisionError), extra("x"):
         1 / 0
 

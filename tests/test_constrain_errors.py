@@ -125,5 +125,5 @@ def test_a_long_text_that_must_follow_costs_little():
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(UserError, match=r"pip install 'mindseed\[serve\]'"):
+    with pytest.raises(UserError, match=r"-m pip install .*\[serve\]"):
         Grammar.json_object(Byte())

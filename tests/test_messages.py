@@ -54,7 +54,7 @@ def test_a_missing_reader_is_installed_by_its_own_name(name, file, monkeypatch, 
     monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / file).write_bytes(b"x")
     said = complaint(capsys, "tokenizer", tmp_path / file, "--out", tmp_path / "t")
-    assert said.endswith(f": pip install {name}\n")
+    assert said.endswith(f"-m pip install {name}\n")
 
 
 def test_rows_of_another_kind_are_what_the_error_is_about(capsys, tmp_path):

@@ -166,7 +166,7 @@ def test_a_refused_start_leaves_no_folder_and_removes_none(go, tmp_path):
 
 
 @pytest.mark.parametrize("words,said", [
-    (["--trackers", "wandbb"], "'wandbb' is not known"), (["--trackers", "swanlab"], "pip install swanlab"),
+    (["--trackers", "wandbb"], "'wandbb' is not known"), (["--trackers", "swanlab"], "-m pip install swanlab"),
     (["--model.heads", 3, "--model.kv_heads", 2], "heads=3"), (["--model.head_dim", 7], "must be even"),
     (["--init", "START", "--depth", 2], "brings its own shape"),
     (["--init", "START", "--data.tokenizer", "OTHER"], "another tokenizer"),

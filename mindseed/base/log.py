@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mindseed.base.errors import UserError
+from mindseed.base.extras import install
 from mindseed.base.files import misfit, parse_json
 
 console = Console(highlight=False)                           # stdout: results
@@ -251,7 +252,7 @@ def check_sinks(names: tuple[str, ...]) -> None:
         if name not in SINKS:
             raise UserError(f"tracker {name!r} is not known; choose from {', '.join(SINKS)}")
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed; pip install {name}")
+            raise UserError(f"{name} is not installed: {install(name)}")
 
 
 def open_sinks(names: tuple[str, ...], folder: Path | str, config: dict[str, Any], name: str) -> list[Sink]:
@@ -271,7 +272,7 @@ class extra:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):
-            raise UserError(f"{self.name} is not installed; pip install {self.name}") from error
+            raise UserError(f"{self.name} is not installed: {install(self.name)}") from error
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

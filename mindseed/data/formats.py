@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator
 
 from mindseed.base.errors import UserError
+from mindseed.base.extras import install
 from mindseed.base.files import parse_json
 
 MAX_LINE_BYTES = 64 << 20          # a longer line is no row but a mistake, and would break the constant memory
@@ -169,7 +170,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow: {install('pyarrow')}") from None
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 18) as file:
             line = 0
@@ -208,7 +209,7 @@ def _open_zstd(path: Path) -> BinaryIO:
     try:
         import zstandard
     except ImportError:
-        raise UserError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
+        raise UserError(f"{path}: reading .zst needs zstandard: {install('zstandard')}") from None
     return io.BufferedReader(_ZstdReader(path, zstandard.ZstdDecompressor), 1 << 18)
 
 

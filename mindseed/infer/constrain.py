@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mindseed.base.errors import UserError
+from mindseed.base.extras import install
 from mindseed.tokenizers.base import ByteLevel, require_unicode
 from mindseed.tokenizers.chat import to_json
 
@@ -211,7 +212,7 @@ def library() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise UserError("constrained answers need the package llguidance: pip install 'mindseed[serve]'") from None
+        raise UserError(f"constrained answers need the package llguidance: {install('[serve]')}") from None
     return llguidance
 
 

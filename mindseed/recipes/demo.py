@@ -99,6 +99,7 @@ def main(options: Options) -> int:
     model, ask = demo.folder / "fine-tune" / "model", to_ask(demo.details["answers"])
     say("\nTalk to the model you have grown. It knows its small world only" + (", so ask it, say:" if ask else "."))
     say("\n".join(f"    {question}" for question in ask) + f"\n\n    {command()} chat {model}\n")
+    say("In the browser: make studio. Behind OpenAI's API: make serve\n")
     return 0
 
 

@@ -288,7 +288,11 @@ def commands(folder: Path, details: dict[str, Any]) -> list[dict[str, str]]:
         model = shlex.quote(str(models[-1]))
         out = [{"command": f"{program} chat {model}", "en": "Talk to the model.", "zh": "和模型对话。"},
                {"command": f"echo '17 + 3 = ?' | {program} generate {model}",
-                "en": "Use it from a script: questions in, JSON lines out.", "zh": "在脚本里使用。"}]
+                "en": "Use it from a script: questions in, JSON lines out.", "zh": "在脚本里使用。"},
+               {"command": f"make serve ARGS={model}",
+                "en": "Behind OpenAI's API, for any program that speaks it.", "zh": "以 OpenAI 接口提供服务。"},
+               {"command": "make studio", "en": "The studio: the model, and what goes on inside, in the browser.",
+                "zh": "在浏览器里打开工作室。"}]
     return out + [
         {"command": f"{program} demo --seed 1 --out {shlex.quote(f'{folder}-1')}",
          "en": "Grow another one: another world, other weights.", "zh": "换一个随机种子再训练一个。"},

@@ -19,6 +19,7 @@ from typing import Literal
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
+from mindseed.base.extras import install
 from mindseed.base.files import read_text
 from mindseed.base.log import say, table, warn
 from mindseed.infer.engine import Engine, EngineConfig, Request
@@ -66,8 +67,8 @@ def main(options: Options) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mindseed"):
             raise
-        raise UserError(f"serving needs the package {error.name}, which is not installed; "
-                        "pip install 'mindseed[serve]'") from None
+        raise UserError(f"serving needs the package {error.name}, which is not installed:\n"
+                        f"    {install('[serve]')}") from None
     check(options)
     places = named(options.models)
     keys = find_keys(options)
