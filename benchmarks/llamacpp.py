@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         engines = {dtype: engine_for(load_directory(folder, dtype=getattr(torch, dtype)).model)
                    for dtype in ("float32", "bfloat16")}
         for kind in ("f32", "q8_0"):
-            file = Path(temp) / f"{kind}.gguf"
+            file = Path(temp) / kind / "model.gguf"                               # with a Modelfile beside it
             convert_gguf(folder, file, dtype=kind)
             with Other(argv[0], file) as other:
                 theirs = other.ask(asked[0].prompt)

@@ -478,10 +478,10 @@ def top_logps(logits: Tensor, wanted: list[int]) -> list[tuple[tuple[int, float]
     """For every row of logits (R, V) its `wanted` likeliest (id, log-probability)."""
     if not any(wanted):
         return [()] * len(wanted)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     best = wide.topk(min(max(wanted), wide.shape[-1]), dim=-1)
-    logps = (best.values - wide.logsumexp(-1, keepdim=True)).tolist()            # as `choose` reckons them
-    return [tuple(zip(ids[:n], values[:n])) for n, ids, values in zip(wanted, best.indices.tolist(), logps)]
+    return [tuple(zip(ids[:n], values[:n])) for n, ids, values in zip(wanted, best.indices.tolist(),
+                                                                      best.values.tolist())]
 
 
 def fused_step(model: LM, cache: PagedCache) -> FusedStep | GraphStep | None:

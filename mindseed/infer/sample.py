@@ -123,6 +123,12 @@ class Chooser:
         seen = Seen(prompt, vocab_size, device) if sampling.penalises else None
         return cls(sampling=replace(sampling, seed=0), seed=seed % (1 << 63), seen=seen)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the model's likeliest token, whatever that is."""
+        s = self.sampling
+        return s.temperature == 0 and not s.logit_bias and self.seen is None and self.allowed is None
+
     def chose(self, id: int) -> None:
         self.step += 1
         if self.seen is not None:
@@ -147,13 +153,16 @@ class Choice:
 def choose(logits: Tensor, rows: list[Chooser]) -> Choice:
     """The next token of every row of logits (B, V). Changes nothing: tell a row by `chose`. Raises NotFinite."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    whole = wide.logsumexp(-1)                                                    # (B,)
-    if not (finite := torch.isfinite(whole)).all():
+    logps, best = wide.log_softmax(-1), wide.max(-1)                              # (B, V), (B,)
+    likeliest = logps.gather(1, best.indices[:, None])[:, 0]
+    if not (finite := torch.isfinite(likeliest)).all():
         raise NotFinite((~finite).nonzero()[:, 0].tolist())
+    if all(row.plain for row in rows):
+        return Choice(best.indices, likeliest, torch.zeros_like(likeliest))
     groups: dict[Sampling, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.sampling, []).append(i)
-    ids, sampled = torch.empty(len(rows), dtype=torch.long, device=logits.device), torch.zeros_like(whole)
+    ids, sampled = torch.empty(len(rows), dtype=torch.long, device=logits.device), torch.zeros_like(likeliest)
     for sampling, members in groups.items():
         some = [rows[i] for i in members]
         index = slice(None) if len(groups) == 1 else torch.tensor(members, device=logits.device)
@@ -162,7 +171,7 @@ def choose(logits: Tensor, rows: list[Chooser]) -> Choice:
             ids[index] = changed.max(-1).indices
         else:
             ids[index], sampled[index] = draw(*filtered(changed, sampling), some)
-    return Choice(ids, wide.gather(1, ids[:, None])[:, 0] - whole, sampled)
+    return Choice(ids, logps.gather(1, ids[:, None])[:, 0], sampled)
 
 
 def adjusted(logits: Tensor, sampling: Sampling, rows: list[Chooser]) -> Tensor:
