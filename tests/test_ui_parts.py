@@ -25,7 +25,7 @@ from mindseed.ui import talk
 from mindseed.ui.look import shown
 from mindseed.ui.runs import Log, differences, find_runs, smooth, thin
 from mindseed.ui.store import Store, as_markdown, as_row
-from mindseed.ui.studio import Studio, find_models, short_names
+from mindseed.ui.studio import Ended, Studio, find_models, short_names
 from mindseed.ui.tools import TOOLS, calculate, execute
 from mindseed.ui.words import ZH
 from tests.studio import save_run
@@ -321,6 +321,10 @@ def test_runs_and_their_state(tmp_path):
     assert differences({"a": a.config(), "b": b.config()}) == [("loop.steps", [20, 50]), ("optim.lr", [0.01, 0.02])]
     steps, shares = a.loads()[0]
     assert shares.shape == (20, 4) and np.allclose(shares.sum(1), 1)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "log.jsonl").write_bytes(b"\xff\xfe garbage\nmore\n")
+    bad = Log(tmp_path / "bad").update()
+    assert bad.status().word == "damaged" and bad.damaged == 2                   # however lately it was written
     (tmp_path / "a" / "config.toml").write_text("broken = [")
     assert a.config() == {} and a.status(now + 1000).word == "stopped"
 
@@ -376,6 +380,34 @@ def test_names_are_as_short_as_they_may_be(tmp_path):
     (tmp_path / "two" / "config.json").write_text("{}")
     assert find_models(tmp_path) == [tmp_path / "one" / "model"]
     assert ui.found_below((str(tmp_path), str(tmp_path / "one"))) == [str(tmp_path / "one" / "model")]
+
+
+def test_a_server_is_watched_and_started_again(tmp_path, monkeypatch, capsys):
+    here = Studio(server="http://127.0.0.1:9", log=str(tmp_path / "server.log"))
+    server = ui.Server(here, ["-c", "import sys; print('a table'); sys.exit('the last words')"])
+    monkeypatch.setattr(ui, "answers", lambda address: True)
+    server.start()
+    server.look()                                 # it is up
+    server.process and server.process.wait()
+    server.look()
+    assert here.ended() == Ended(code="1", words="the last words") and "the last words" in capsys.readouterr().err
+    server.look()
+    assert server.process is None                 # nobody has asked
+    server.words = ["-c", "import time; time.sleep(60)"]
+    here.start_again()
+    assert here.ended() is None
+    server.look()
+    assert server.process.poll() is None and not (tmp_path / "again").exists()
+    server.process.kill()
+    server.process.wait()
+    server.look()
+    assert here.ended() == Ended(code="-9, SIGKILL", words="")
+    server = ui.Server(here, ["-c", "import sys; sys.exit('error: no model')"])
+    monkeypatch.setattr(ui, "answers", lambda address: False)
+    server.start()
+    server.process.wait()
+    with pytest.raises(UserError, match="could not be started: no model"):
+        server.look()
 
 
 @pytest.mark.parametrize(("words", "message"), [

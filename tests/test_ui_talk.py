@@ -12,7 +12,7 @@ import pytest
 import mindseed.ui
 from mindseed.ui import talk
 from mindseed.ui.store import Store
-from mindseed.ui.studio import VARIABLE, Studio
+from mindseed.ui.studio import AGAIN, ENDED, VARIABLE, Studio, converses
 
 testing = pytest.importorskip("streamlit.testing.v1")
 APP = Path(mindseed.ui.__file__).with_name("app.py")
@@ -34,6 +34,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, pages: dict[str, str | None]) -> None:
         super().__init__(("127.0.0.1", 0), None)
         self.pages, self.asked, self.left = pages, threading.Event(), threading.Event()
+        self.paths: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -47,6 +48,7 @@ class Server(socketserver.ThreadingTCPServer):
                 return
             head += more
         path = head.split()[1].decode()
+        self.paths.append(path)
         body = next(page for end, page in self.pages.items() if path.endswith(end))
         if path.endswith("completions"):
             self.asked.set()
@@ -87,7 +89,7 @@ def test_a_server_that_is_none(serve, names):
     server = serve("", names)
     with pytest.raises(talk.Garbled, match=f"what came from {server.address} is not the answer of a model server"):
         talk.models(talk.connect(server.address))
-    assert talk.models(talk.connect(serve("").address)) == ["m"]
+    assert talk.models(talk.connect(serve("").address)) == {"m": None}
 
 
 @pytest.mark.parametrize(("write", "asked"), [(talk.reply, QUESTION), (talk.continue_text, "?")])
@@ -130,8 +132,9 @@ def test_a_fault_of_ours_is_not_taken_for_an_end():
 
 @pytest.fixture
 def app(monkeypatch, tmp_path):
-    def open_page(server: Server, language: str = "en"):
-        monkeypatch.setenv(VARIABLE, Studio(models=(), server=server.address, data=str(tmp_path), runs=()).spell())
+    def open_page(server: Server, language: str = "en", **more):
+        told = {"models": (), "server": server.address, "data": str(tmp_path), "runs": ()} | more
+        monkeypatch.setenv(VARIABLE, Studio(**told).spell())
         Store(tmp_path).put("language", language)
         at = testing.AppTest.from_file(str(APP), default_timeout=60).run()
         assert not at.exception
@@ -179,3 +182,98 @@ def test_a_title_changes_only_where_it_is_typed(app, serve, tmp_path):
     assert store.conversation(id).title == "second" and other.text_input(f"title_{id}").value == "second"
     other.text_input(f"title_{id}").set_value("  ").run()
     assert store.conversation(id).title == "second" and other.text_input(f"title_{id}").value == "second"
+
+
+def model_folder(folder: Path, kind: str, **info) -> Path:
+    """What of a model directory tells whether the model has learnt to converse; its data lies beside it."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    (folder / "mindseed.json").write_text(json.dumps({"info": {"data": ["gone/data/0-x"]} | info}))
+    data = folder.parent / "data" / "0-x"
+    data.mkdir(parents=True)
+    (data / "manifest.json").write_text(json.dumps({"kind": kind}))
+    return folder
+
+
+ANSWER = piece("so it is", "stop") + "data: [DONE]\n\n"
+
+
+def page_words(at) -> str:
+    return "\n".join([*(e.proto.body for e in at.get("html")), *(c.value for c in at.caption), *(
+        b.label for b in at.button), *(i.value for i in at.info), *(c.value for c in at.code)])
+
+
+def test_a_message_of_spaces_is_none(app, serve, tmp_path):
+    at = app(serve(ANSWER))
+    at.chat_input[0].set_value("  \n ").run()
+    assert Store(tmp_path).conversations() == [] and not at.exception
+
+
+def test_a_conversation_that_was_deleted_elsewhere(app, serve, tmp_path):
+    store = Store(tmp_path)
+    at = app(serve(ANSWER))
+    at.chat_input[0].set_value("hello").run()
+    [old] = store.conversations()
+    store.delete(old.id)
+    at.button(next(b.key for b in at.button if b.key.startswith("again_"))).click().run()
+    assert not at.exception and "has been deleted elsewhere" in page_words(at) and store.conversations() == []
+    at.chat_input[0].set_value("and now?").run()
+    [new] = store.conversations()
+    assert new.title == "and now?" and [e.role for e in store.path(new.id)] == ["user", "assistant"]
+    assert "has been deleted elsewhere" in page_words(at)
+    at.button("new_chat").click().run()
+    assert "deleted elsewhere" not in page_words(at)
+
+
+def test_a_conversation_that_is_deleted_while_it_is_answered(app, serve, tmp_path, monkeypatch):
+    def write(client, settings, asked):
+        [store.delete(c.id) for c in store.conversations()]
+        yield talk.Event(kind="content", text="a")
+        yield talk.Event(kind="message", message={"role": "assistant", "content": "a"})
+
+    store = Store(tmp_path)
+    monkeypatch.setattr(talk, "reply", write)
+    at = app(serve(ANSWER))
+    at.chat_input[0].set_value("hello").run()
+    assert not at.exception and not at.error and "deleted elsewhere" in page_words(at)
+
+
+def test_a_model_that_has_read_texts_only(app, serve, tmp_path):
+    places = [model_folder(tmp_path / "a" / "model", "text"), model_folder(tmp_path / "b" / "model", "chat")]
+    names = json.dumps({"object": "list", "data": [{"id": id, "object": "model", "max_model_len": 384} for id in "ab"]})
+    server = serve(ANSWER, names)
+    at = app(server, models=tuple(map(str, places)), log=str(tmp_path / "server.log"))
+    assert at.selectbox("model_new").value == "b" and "texts only" not in page_words(at)
+    assert at.number_input("max_tokens_new").value == 384 and at.number_input("max_tokens_new").max == 384
+    at.number_input("temperature_new").set_value(1.0).run()
+    assert Store(tmp_path).get("chat")["model"] == "" and Store(tmp_path).get("chat")["max_tokens"] == 512
+    at.selectbox("model_new").set_value("a").run()
+    assert "This model has read texts only" in page_words(at) and "Once upon a time" in page_words(at)
+    assert Store(tmp_path).get("chat")["model"] == "a"                           # the user's own choice is remembered
+    at.button("suggest_0").click().run()
+    assert not at.exception and at.markdown[-1].value == "so it is"
+    assert server.paths[-1] == "/v1/completions"
+
+
+def test_which_models_have_learnt_to_converse(tmp_path):
+    text, chat = model_folder(tmp_path / "a" / "model", "text"), model_folder(tmp_path / "b" / "model", "chat")
+    assert not converses(text) and converses(chat) and converses(model_folder(tmp_path / "c" / "model", "preference"))
+    assert converses(model_folder(tmp_path / "d" / "model", "text", parent=str(chat)))
+    assert not converses(model_folder(tmp_path / "e" / "model", "text", parent=str(text)))
+    (text / "mindseed.json").write_text("broken")                               # nobody says
+    assert converses(text)
+    (chat / "tokenizer_config.json").write_text("{}")
+    assert not converses(chat)
+
+
+def test_a_server_that_has_ended(app, serve, tmp_path):
+    server, log = serve(ANSWER), tmp_path / "server.log"
+    server.shutdown()
+    server.server_close()
+    at = app(server, log=str(log))
+    assert "The server is starting" in page_words(at)
+    (tmp_path / ENDED).write_text(json.dumps({"code": "1", "words": "no space left"}))
+    at.run()
+    assert "Its exit code is 1." in page_words(at) and "no space left" in page_words(at) and "ended:" in page_words(at)
+    at.button("start_again").click().run()
+    assert (tmp_path / AGAIN).exists() and "The server is starting" in page_words(at)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -22,14 +23,17 @@ import time
 import urllib.error
 import urllib.request
 import webbrowser
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
 
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
+from mindseed.base.files import atomic
 from mindseed.base.log import say, warn
-from mindseed.ui.studio import VARIABLE, Studio, data_folder, find_models, short_names
+from mindseed.ui.studio import (
+    AGAIN, ENDED, ERRORS, VARIABLE, Ended, Studio, converses, data_folder, find_models, served_names)
 
 MOST_FOUND = 4                                    # models that are served though nobody named them
 HERE = ("127.0.0.1", "localhost", "::1")
@@ -55,7 +59,18 @@ def main(options: Options) -> int:
     require_extra()
     places = options.models or tuple(found_below(options.runs))
     check(options, places)
-    signal.signal(signal.SIGTERM, interrupt)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
+    try:
+        return run(options, places)
+    except KeyboardInterrupt:
+        say("stopped")
+        return 0
+
+
+def run(options: Options, places: tuple[str, ...]) -> int:
+    """Start what belongs to the studio, watch over it, and end it."""
     port = options.port or free_port(options.host)
     with contextlib.ExitStack() as stack:
         here = Studio(models=tuple(map(str, places)), runs=options.runs, data=options.data or str(data_folder()),
@@ -65,8 +80,13 @@ def main(options: Options) -> int:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mindseed-ui-"))
             address, log = f"http://127.0.0.1:{free_port('127.0.0.1')}", Path(folder) / "server.log"
             here = Studio(**vars(here) | {"server": address, "log": str(log)})
-            server = stack.enter_context(started(serve_command(places, address), log=log))
-        page = stack.enter_context(started(page_command(options.host, port), told={VARIABLE: here.spell()}))
+            server = Server(here, serve_command(places, address))
+            stack.callback(server.stop)
+            server.start()
+        elif here.server:
+            probe(here.server)
+        page = start(page_command(options.host, port), told={VARIABLE: here.spell()}, out=subprocess.DEVNULL)
+        stack.callback(end, page)
         return watch(options, here, page, server, port)
 
 
@@ -76,10 +96,16 @@ def require_extra() -> None:
             raise UserError(f"the studio needs the package {name}, which is not installed; pip install 'mindseed[ui]'")
 
 
+def probe(server: str) -> None:
+    """Say so if nobody is there: the address may be misspelt."""
+    if not answers(f"{server}/v1/models", proxies=urlsplit(server).hostname not in HERE):
+        warn(f"nothing answers at {server}; the pages look for it again until it does")
+
+
 def found_below(runs: tuple[str, ...]) -> list[str]:
-    """The newest models under the folders of runs."""
+    """The newest models under the folders of runs; those that have learnt to converse come first."""
     models = sorted({p for place in runs for p in find_models(Path(place)) if p.name == "model"},
-                    key=lambda p: (p / "config.json").stat().st_mtime, reverse=True)
+                    key=lambda p: (converses(p), (p / "config.json").stat().st_mtime), reverse=True)
     if len(models) > MOST_FOUND:
         say(f"taking the newest {MOST_FOUND} of {len(models)} models; name those you want: mindseed ui DIR DIR")
     return [str(p) for p in models[:MOST_FOUND]]
@@ -107,8 +133,7 @@ def check(options: Options, places: tuple[str, ...]) -> None:
 
 
 def serve_command(places: tuple[str, ...], address: str) -> list[str]:
-    names = short_names(places)
-    words = [f"{names[place].replace('=', '-')}={place}" for place in places]
+    words = [f"{name}={place}" for place, name in served_names(places).items()]
     return ["-m", "mindseed", "serve", *words, "--host", "127.0.0.1", "--port", address.rpartition(":")[2],
             "--drain_s", "1"]
 
@@ -118,14 +143,13 @@ def page_command(host: str, port: int) -> list[str]:
     folder = Path(mindseed.ui.__file__).parent
     settings = STREAMLIT | {"server.address": host, "server.port": str(port), "theme.base": str(folder / "theme.toml")}
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    return ["-m", "streamlit", "run", str(folder / "app.py"), *words]
+    return ["-m", "mindseed.ui.start", "run", str(folder / "app.py"), *words]
 
 
-def watch(options: Options, here: Studio, page: subprocess.Popen, server: subprocess.Popen | None, port: int) -> int:
-    """Until the page ends, or a signal comes. A server that never came up ends it all; one that dies later does not,
-    for most pages can do without."""
+def watch(options: Options, here: Studio, page: subprocess.Popen, server: Server | None, port: int) -> int:
+    """Until the page ends, or a signal comes."""
     shown = f"[{options.host}]" if ":" in options.host else options.host.replace("0.0.0.0", "127.0.0.1")
-    address, up, ready = f"http://{shown}:{port}", server is None, False
+    address, ready = f"http://{shown}:{port}", False
     while page.poll() is None:
         if not ready and answers(f"{address}/_stcore/health"):
             ready = True
@@ -135,20 +159,14 @@ def watch(options: Options, here: Studio, page: subprocess.Popen, server: subpro
             screen = sys.platform in ("win32", "darwin") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
             if options.open or options.open is None and screen:
                 webbrowser.open(address)
-        if server is not None and not up and answers(f"{here.server}/health"):
-            up = True
-        if server is not None and server.poll() is not None:
-            said = Path(here.log).read_text(encoding="utf-8", errors="replace").strip()
-            if not up:
-                raise UserError(f"the server could not be started: {said.rpartition('error: ')[2][-2000:]}")
-            warn(f"the server has ended (exit code {server.returncode}); its last words:\n{said[-1000:]}")
-            server = None
+        if server is not None:
+            server.look()
         time.sleep(0.2)
     return page.returncode
 
 
-def answers(address: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def answers(address: str, *, proxies: bool = False) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(None if proxies else {}))
     try:
         with opener.open(address, timeout=1) as response:
             return response.status == 200
@@ -158,24 +176,70 @@ def answers(address: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def started(words: list[str], *, log: Path | None = None, told: dict[str, str] | None = None
-            ) -> Iterator[subprocess.Popen]:
-    """A program of this Python that ends with the block. What it prints goes to `log`, if one is named."""
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(open(log, "wb")) if log else None
-        process = subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONUNBUFFERED": "1"} | (told or {}),
-                                   stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT if log else None,
-                                   preexec_fn=end_with_parent if sys.platform == "linux" else None)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+class Server:
+    """`mindseed serve` in a process of its own. If it never comes up that ends the studio; if it dies later it does
+    not, for most pages can do without: they tell of it, and may ask for another."""
+
+    def __init__(self, here: Studio, words: list[str]) -> None:
+        self.here, self.words = here, words
+        self.process: subprocess.Popen | None = None
+        self.up = False                           # it has answered, once
+
+    def start(self) -> None:
+        with open(self.here.log, "wb") as out, open(self.here.beside_log(ERRORS), "wb") as errors:
+            self.process = start(self.words, out=out, errors=errors)
+        for name in (AGAIN, ENDED):
+            self.here.beside_log(name).unlink(missing_ok=True)
+
+    def look(self) -> None:
+        """Notice its coming and going, and whether a page asks for another."""
+        if self.process is None:
+            if self.here.beside_log(AGAIN).exists():
+                say("the server is started again")
+                self.start()
+            return
+        if not self.up and answers(f"{self.here.server}/health"):
+            self.up = True
+        if self.process.poll() is None:
+            return
+        code, self.process = self.process.returncode, None
+        said = self.here.beside_log(ERRORS).read_text(encoding="utf-8", errors="replace").strip()
+        if not self.up:
+            raise UserError(f"the server could not be started: {said.rpartition('error: ')[2][-2000:]}")
+        how = Ended(code=code_words(code), words="\n".join(said.splitlines()[-12:])[-2000:])
+        warn(f"the server has ended (exit code {how.code}); "
+             + (f"its last words:\n{how.words}" if how.words else "it said nothing of why"))
+        self.here.beside_log(AGAIN).unlink(missing_ok=True)
+        with atomic(self.here.beside_log(ENDED)) as temp:
+            temp.write_text(json.dumps(asdict(how)), encoding="utf-8")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            end(self.process)
+
+
+def code_words(code: int) -> str:
+    """-9 -> '-9, SIGKILL'."""
+    with contextlib.suppress(ValueError):
+        return f"{code}, {signal.Signals(-code).name}" if code < 0 else str(code)
+    return str(code)
+
+
+def start(words: list[str], *, told: dict[str, str] | None = None, out: IO[bytes] | int | None = None,
+          errors: IO[bytes] | None = None) -> subprocess.Popen:
+    """A program of this Python. A Ctrl-C in the terminal does not reach it: `end` does, once."""
+    return subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONUNBUFFERED": "1"} | (told or {}),
+                            stdin=subprocess.DEVNULL, stdout=out, stderr=errors, start_new_session=True,
+                            preexec_fn=end_with_parent if sys.platform == "linux" else None)
+
+
+def end(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def end_with_parent() -> None:

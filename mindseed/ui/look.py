@@ -5,7 +5,6 @@ are chosen by the theme in use, and the few rules of CSS name none of their own.
 """
 from __future__ import annotations
 
-import base64
 import html
 import re
 import textwrap
@@ -16,26 +15,12 @@ import altair as alt
 import streamlit as st
 from markdown_it import MarkdownIt
 
+from mindseed.ui.mark import ICON, NAME, SEEDLING
+
 THEME = Path(__file__).with_name("theme.toml")
 LIGHT = ("#2563a8", "#d08a1e", "#1f8a5b", "#8a4fb8", "#c2445f", "#16838c", "#77701d", "#7c8590")
 DARK = ("#68a6ec", "#e9ad4b", "#55c08d", "#b98ae0", "#ec8298", "#4cbcc5", "#bdb455", "#9aa3ad")
 HEAT = {"light": ("#f6f4ee", "#a9d8bf", "#3f9f74", "#0f5c3a"), "dark": ("#1a1f24", "#1f5a41", "#3fae7a", "#c9f5de")}
-
-SEEDLING = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 48 48" width="48" height="48" fill="none">
-<path d="M24 41V23" stroke="#1f8a5b" stroke-width="3.2" stroke-linecap="round"/>
-<path d="M24 27C10 28 5 19 5 9c13-1 20 6 19 18Z" fill="#55c08d"/>
-<path d="M24 24c-1-12 6-18 19-17 1 11-6 18-19 17Z" fill="#1f8a5b"/>
-<path d="M24 27C21 20 16 15 10 13M24 24c3-6 8-10 14-12" stroke="#fff" stroke-opacity=".55" stroke-width="1.5"
- stroke-linecap="round"/>
-<path d="M10 43.2c4-3.6 24-3.6 28 0" stroke="#a0703c" stroke-width="3.2" stroke-linecap="round"/>
-</svg>"""
-
-NAME = """M58 33V19M58 24.5a5.2 5.2 0 0 1 10.4 0V33M68.4 24.5a5.2 5.2 0 0 1 10.4 0V33 M86.3 19V33
-M93.8 33V19M93.8 25a5.8 5.8 0 0 1 11.6 0V33 M126 26a7 7 0 1 1-14 0 7 7 0 1 1 14 0M126 9V33
-M141.6 21.2c-1-1.5-2.6-2.2-4.3-2.2-2.6 0-4.3 1.4-4.3 3.4 0 5 9.1 2.2 9.1 7.2 0 2.2-2 3.6-4.6 3.6-2.1 0-3.9-.9-4.9-2.5
-M148.6 26H162.4M162.4 25.8a6.9 6.9 0 1 0-2.5 5.4 M168.8 26H182.6M182.6 25.8a6.9 6.9 0 1 0-2.5 5.4
-M203 26a7 7 0 1 1-14 0 7 7 0 1 1 14 0M203 9V33"""         # the letters, one after the other, as strokes
-ICON = "data:image/svg+xml;base64," + base64.b64encode(SEEDLING.encode()).decode()
 
 CSS = """<style>
 .stMainBlockContainer { padding: 3.2rem 3rem 3rem }
@@ -83,6 +68,24 @@ CSS = """<style>
 .seed-dot { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .45em }
 [data-testid="stImage"] img { image-rendering: pixelated; border-radius: 6px }
 [data-testid="stMetric"] { padding: 0 }
+.seed-word { white-space: nowrap; display: inline-block }
+.st-key-suggestions button p { white-space: normal }
+[class*="st-key-title_"] [data-testid="InputInstructions"] { display: none }
+[class*="st-key-heads"] [data-testid="stButtonGroup"] > div, [class*="st-key-heads"] [role="radiogroup"] {
+  flex-wrap: wrap; overflow: visible }
+@media (max-width: 1000px) {
+  .stMainBlockContainer, [data-testid="stBottomBlockContainer"] { padding-left: 1.4rem; padding-right: 1.4rem }
+  [class*="st-key-stack"] > [data-testid="stLayoutWrapper"] > [data-testid="stHorizontalBlock"],
+  [class*="st-key-summary"] [data-testid="stHorizontalBlock"] { flex-wrap: wrap }
+  [class*="st-key-stack"] > [data-testid="stLayoutWrapper"] > [data-testid="stHorizontalBlock"]
+    > [data-testid="stColumn"] { min-width: 100% }
+  [class*="st-key-summary"] [data-testid="stColumn"] { min-width: 6.5rem; flex: 1 1 6.5rem }
+  [class*="st-key-summary"] [data-testid="stColumn"]:first-child { min-width: 100% }
+  [class*="st-key-figures"] [data-testid="stHorizontalBlock"] { flex-wrap: wrap }
+  [class*="st-key-figures"] [data-testid="stColumn"] { min-width: 30%; flex: 1 1 30% }
+  [class*="st-key-thumbs"] [data-testid="stHorizontalBlock"] { flex-wrap: wrap }
+  [class*="st-key-thumbs"] [data-testid="stColumn"] { min-width: 20%; flex: 0 1 20% }
+}
 [data-testid="stMetricLabel"] { opacity: .7 }
 </style>"""
 NARROW = """<style>

@@ -26,7 +26,7 @@ LOCK = threading.Lock()                           # logs are shared by all pages
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    word: str                                     # "running", "done" or "stopped"
+    word: str                                     # "running", "done", "stopped", or "damaged": nothing can be read
     step: int
     steps: int | None                             # None: config.toml does not say
     left_s: float | None                          # None unless it is running and there is a speed
@@ -133,6 +133,8 @@ class Log:
         steps = self.config().get("loop.steps")
         steps = steps if type(steps) is int else None
         step = self.rows[-1]["step"] if self.rows else 0
+        if self.damaged and not self.rows:
+            return Status(word="damaged", step=step, steps=steps, left_s=None)
         if steps is not None and step >= steps:
             return Status(word="done", step=step, steps=steps, left_s=None)
         try:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator
 
@@ -20,12 +22,14 @@ from mindseed.ui import look, talk
 from mindseed.ui.look import empty
 from mindseed.ui.runs import Log
 from mindseed.ui.store import Store
-from mindseed.ui.studio import Studio, short_names
+from mindseed.ui.studio import ERRORS, Ended, Studio, converses, served_names, short_names
 from mindseed.ui.words import LANGUAGES
 from mindseed.ui.words import gettext as _
 
 if TYPE_CHECKING:
     from mindseed.interop.directory import Loaded         # brings torch, for which most pages need not wait
+
+PATIENCE_S = 5.0                                  # with the page's run before this one, which is to keep its answer
 
 
 def studio() -> Studio:
@@ -51,15 +55,37 @@ def client() -> openai.OpenAI:
 
 
 @st.cache_data(ttl=10, show_spinner=False)
-def names_of(server: str) -> list[str]:
+def names_of(server: str) -> dict[str, int | None]:
     return talk.models(open_client(server))
 
 
-def served() -> list[str]:
-    """The models of the server; raises Unreachable."""
+def served() -> dict[str, int | None]:
+    """The models of the server, and the context of each, if it says that; raises Unreachable."""
     if not studio().server:
         raise talk.Unreachable(_("There is no server."))
     return names_of(studio().server)
+
+
+def directory_of(model: str) -> str | None:
+    """Where a model of the server lies, if it is the studio's own server."""
+    here = studio()
+    names = served_names(here.models) if here.log else {}
+    return next((place for place, name in names.items() if name == model), None)
+
+
+@st.cache_data(ttl=60, show_spinner=False)
+def learnt_to_converse(path: str) -> bool:
+    return converses(path)
+
+
+def reads_only(model: str) -> bool:
+    """Whether a model has never seen a conversation, as far as that is known: it goes on with texts."""
+    place = directory_of(model)
+    return place is not None and not learnt_to_converse(place)
+
+
+def say_reads_only() -> None:
+    st.caption(":material/menu_book: " + _("This model has read texts only: it goes on with them, it does not answer."))
 
 
 # ------------------------------------------------------------------------------------------------------------ language
@@ -71,6 +97,22 @@ def begin() -> None:
             st.session_state.language = store().get("language")
         if st.session_state.get("language") not in LANGUAGES:
             st.session_state.language = "zh" if (st.context.locale or "").lower().startswith("zh") else "en"
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """While an answer is written and kept. A click begins the page's next run at once, while this one may still be at
+    its last steps; `wait_until_kept` is what that run does first."""
+    kept = st.session_state.kept = threading.Event()
+    try:
+        yield
+    finally:
+        kept.set()
+
+
+def wait_until_kept() -> None:
+    if (kept := st.session_state.get("kept")) is not None:
+        kept.wait(PATIENCE_S)
 
 
 def choose_language() -> None:
@@ -106,7 +148,7 @@ def guarded() -> Iterator[None]:
 def told(error: Exception) -> str:
     """An error in the reader's language, as far as it is one of the server's."""
     if isinstance(error, talk.Refused) and error.code == "context_length_exceeded":
-        return _("The question alone does not fit into the model's context. Shorten it, or lower the longest answer.")
+        return too_long(str(error))
     if isinstance(error, talk.Unreachable):
         return _("The connection to {server} failed ({what}). Ask again; if it fails again, see whether the server "
                  "still runs.", server=studio().server, what=look.plain(str(error)))
@@ -115,6 +157,14 @@ def told(error: Exception) -> str:
                  "`mindseed serve` or another server of the OpenAI API runs there.",
                  server=error.server, what=_(error.what) + look.plain(error.piece))
     return str(error)
+
+
+def too_long(said: str) -> str:
+    """What the server says of a text without room, in the reader's language; as it is if it says it in other words."""
+    if found := re.search(r"has (\d+) tokens and the (?:model's )?context (?:of .+ )?is (\d+)", said):
+        return _("The question, with the system prompt and the tools, has {n} tokens; the model's context is {m}, and "
+                 "the answer needs room in it, too. Shorten it.", n=found[1], m=found[2])
+    return _("The question alone does not fit into the model's context. Shorten it.") + f" ({look.plain(said)})"
 
 
 def no_server() -> None:
@@ -126,26 +176,50 @@ def no_server() -> None:
               "`mindseed ui runs/demo/fine-tune/model`", "`mindseed ui --server http://127.0.0.1:8998`",
               _("No model yet? `mindseed demo` grows one in a few minutes."))
         return
-    if here.log:
+    if here.log and (how := here.ended()):
+        has_ended(here, how)
+    elif here.log:
         empty(_("The server is starting"), _("It loads the models and will answer at `{server}`.", server=here.server))
     else:
         empty(_("The server does not answer"), _("Nothing answers at `{server}`.", server=here.server),
               _("Start it: `mindseed serve DIR`. This page looks for it again by itself."))
-    said = tail(here.log)
+    said = "\n".join(filter(None, [tail(here.log), tail(str(here.beside_log(ERRORS)))])) if here.log else ""
     if said:
         with st.expander(_("What the server says"), icon=":material/terminal:"):
             st.code(said, language=None)
-    look_again()
+    look_again(state(ask=False).replace("up", "silent"))
+
+
+def has_ended(here: Studio, how: Ended) -> None:
+    """The page of a server that has died, and how to get another."""
+    empty(_("The server has ended"), _("Its exit code is {code}.", code=how.code), *(
+        () if how.words else (_("It said nothing of why. The system may have ended it for want of memory."),)))
+    if how.words:
+        st.caption(_("Its last words:"))
+        st.code(how.words, language=None, wrap_lines=True)
+    with st.container(horizontal=True, horizontal_alignment="center"):
+        st.button(_("Start again"), icon=":material/restart_alt:", type="primary", key="start_again",
+                  on_click=here.start_again)
+
+
+def state(*, ask: bool) -> str:
+    """How the server is; without asking it, as far as files tell."""
+    if studio().log and studio().ended():
+        return "ended"
+    if not ask:
+        return "up"
+    with contextlib.suppress(UserError):
+        talk.models(client())
+        return "up"
+    return "silent"
 
 
 @st.fragment(run_every=2)
-def look_again() -> None:
-    try:
-        talk.models(client())
-    except UserError:
-        return
-    names_of.clear()
-    st.rerun()
+def look_again(was: str) -> None:
+    """Draw the page anew when the server has come, or has gone."""
+    if state(ask=was != "up") != was:
+        names_of.clear()
+        st.rerun()
 
 
 def tail(path: str, lines: int = 20) -> str:

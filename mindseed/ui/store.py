@@ -54,6 +54,10 @@ class Entry:
         return self.message["role"]
 
 
+class Gone(UserError):
+    """The conversation, or the message, was deleted meanwhile."""
+
+
 class Store:
     def __init__(self, folder: Path | str) -> None:
         self.database = Path(folder) / "studio.sqlite3"
@@ -70,6 +74,8 @@ class Store:
                 file.execute("pragma foreign_keys = on")
                 with file:
                     yield file
+        except sqlite3.IntegrityError:
+            raise Gone("the conversation was deleted meanwhile") from None
         except sqlite3.Error as error:
             raise UserError(f"{self.database} cannot be used ({error}); mend it, or name another folder with "
                             "--data") from None

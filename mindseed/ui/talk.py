@@ -139,13 +139,14 @@ def plainly(client: openai.OpenAI) -> Iterator[None]:
         raise Garbled(address(client), FORM) from error
 
 
-def models(client: openai.OpenAI) -> list[str]:
-    """The names that the server answers to."""
+def models(client: openai.OpenAI) -> dict[str, int | None]:
+    """The names that the server answers to, and the context of each in tokens, if it says that."""
     with plainly(client):
-        names = [model.id for model in client.with_options(timeout=5).models.list().data]
-        if not all(isinstance(name, str) for name in names):
+        found = {model.id: getattr(model, "max_model_len", None)
+                 for model in client.with_options(timeout=5).models.list().data}
+        if not all(isinstance(name, str) for name in found):
             raise Garbled(address(client), FORM)
-        return names
+        return {name: size if type(size) is int and size > 0 else None for name, size in found.items()}
 
 
 def asked(settings: Settings, *, chat: bool = True) -> dict[str, Any]:

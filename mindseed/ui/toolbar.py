@@ -12,18 +12,19 @@ from mindseed.ui.tools import TOOLS
 from mindseed.ui.words import gettext as _
 
 
-def toolbar(settings: Settings, served: list[str], conversation: Conversation | None, *,
+def toolbar(settings: Settings, served: dict[str, int | None], conversation: Conversation | None, *,
             menu: Callable[[], None]) -> Settings:
     """The settings as they stand after what the user has just done to them."""
     key = f"{conversation.id if conversation else 'new'}"
     chosen = sum(st.session_state.get(f"tool_{name}_{key}", name in settings.tools) for name in TOOLS)
     with st.container(horizontal=True, key="toolbar"):
-        model = st.selectbox(_("Model"), served, index=served.index(settings.model) if settings.model in served else 0,
+        names = list(served)
+        model = st.selectbox(_("Model"), names, index=names.index(settings.model) if settings.model in served else 0,
                              key=f"model_{key}", label_visibility="collapsed", width="stretch")
         with st.popover(_("Tools") + f" · {chosen}" * bool(chosen), icon=":material/build:", key="tools"):
             settings = tools(settings, key)
         with st.popover(_("Settings"), icon=":material/tune:", key="settings"):
-            settings = sampling(think(settings, key), key)
+            settings = sampling(think(settings, key), key, served.get(model or ""))
         with st.popover("", icon=":material/more_horiz:", help=_("Export, rename, delete"), key="menu"):
             menu()
     return replace(settings, model=model or "")
@@ -49,7 +50,8 @@ def tools(settings: Settings, key: str) -> Settings:
     return replace(settings, tools=chosen, must_call=must)
 
 
-def sampling(settings: Settings, key: str) -> Settings:
+def sampling(settings: Settings, key: str, context: int | None) -> Settings:
+    """`context` of the model, in tokens, is what no answer is longer than; None: nobody says."""
     own = _("the model's own")
     system = st.text_area(_("System prompt"), settings.system, key=f"system_{key}", height=80,
                           placeholder=_("What the model should know or be before the first question"))
@@ -66,7 +68,12 @@ def sampling(settings: Settings, key: str) -> Settings:
                                 help=_("choose among the likeliest tokens with this much probability together"))
         turns = st.number_input(_("Questions sent along"), 1, 1000, settings.turns or None, 1, key=f"turns_{key}",
                                 placeholder=_("all of them"), help=_("of the past, with their answers"))
-        longest = st.number_input(_("Longest answer, in tokens"), 1, 1_000_000, settings.max_tokens, 64,
-                                  key=f"max_tokens_{key}")
+        limit, name = context or 1_000_000, f"max_tokens_{key}"
+        allowed = min(settings.max_tokens, limit)
+        if (st.session_state.get(name) or 0) > limit:             # another model was chosen
+            st.session_state[name] = limit
+        longest = st.number_input(_("Longest answer, in tokens"), 1, limit, allowed, 64, key=name,
+                                  help=_("at most the model's context, {n}", n=context) if context else None)
+        longest = settings.max_tokens if longest == allowed else longest          # of a larger model it still holds
     return replace(settings, system=system.strip(), turns=turns or 0, temperature=temperature, top_p=top_p, top_k=top_k,
                    max_tokens=longest or 512, seed=seed)

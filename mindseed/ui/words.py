@@ -19,7 +19,14 @@ def gettext(text: str, **values: object) -> str:
 ZH = {
     # the frame
     "Chat": "对话", "Compare": "对比", "Runs": "训练", "Tokens": "词元", "Inside": "内部",
-    "serving at": "服务地址", "no answer from": "没有响应：",
+    "serving at": "服务地址", "no answer from": "没有响应：", "ended:": "已结束：",
+    "The server has ended": "服务器已结束", "Its exit code is {code}.": "退出码：{code}。",
+    "It said nothing of why. The system may have ended it for want of memory.":
+        "它没有说明原因。可能因内存不足而被系统终止。",
+    "Its last words:": "最后的输出：", "Start again": "重新启动",
+    "This model has read texts only: it goes on with them, it does not answer.":
+        "这个模型只读过文本：它会续写，不会回答问题。",
+    "Begin a text": "输入文本的开头", "How does the text begin?": "文本从哪里开始？",
     "There is no server.": "没有服务器。",
     "No model is being served": "还没有可用的模型",
     "Name a model directory, or the address of a server:": "请给出模型目录，或服务器地址：",
@@ -48,8 +55,12 @@ ZH = {
         "JSON 行文件，可用 `mindseed train` 微调。未写完的回答不会导出。",
     "Delete this conversation": "删除这个对话", "Delete for good": "彻底删除",
     "Export, rename, delete": "导出、重命名、删除",
-    "The question alone does not fit into the model's context. Shorten it, or lower the longest answer.":
-        "单是这个问题就超出了模型的上下文。请缩短问题，或减小最大回答长度。",
+    "The conversation that was here has been deleted elsewhere; this is a new one.":
+        "原来的对话已在别处删除；这是一个新对话。",
+    "The question alone does not fit into the model's context. Shorten it.": "单是这个问题就超出了模型的上下文。请缩短问题。",
+    "The question, with the system prompt and the tools, has {n} tokens; the model's context is {m}, and the answer "
+    "needs room in it, too. Shorten it.":
+        "问题连同系统提示词和工具共有 {n} 个词元；模型的上下文是 {m} 个，还要给回答留出空间。请缩短问题。",
     "What came from {server} is not the answer of a model server ({what}). Check the address, and that "
     "`mindseed serve` or another server of the OpenAI API runs there.":
         "{server} 返回的内容不是模型服务器的回答（{what}）。请检查地址，并确认那里运行着 `mindseed serve` 或其他 OpenAI API 服务器。",
@@ -79,6 +90,7 @@ ZH = {
     "Seed": "随机种子", "random": "随机",
     "the same seed gives the same answers": "相同的种子得到相同的回答",
     "Longest answer, in tokens": "最大回答长度（词元）",
+    "at most the model's context, {n}": "不超过模型的上下文长度 {n}",
     # comparing
     "one prompt, two models": "一个问题，两个模型", "Ask both": "同时提问",
     "The prompt is": "输入是", "a question": "一个问题", "a plain text": "一段文本",
@@ -101,7 +113,10 @@ ZH = {
     "Busiest expert": "最忙的专家", "multiple of the mean": "平均值的倍数",
     "Router entropy": "路由熵", "0: sure, 1: all the same": "0：确定，1：均匀",
     "running": "训练中", "done": "已完成", "left": "剩余", "time": "用时",
-    "{n} damaged lines of log.jsonl were left out.": "log.jsonl 中有 {n} 行损坏，已跳过。",
+    "damaged": "已损坏",
+    "{run}: lines of log.jsonl that are damaged and were left out: {n}": "{run}：log.jsonl 中有 {n} 行损坏，已跳过。",
+    "{run}: run.json is damaged, so its command and its machine are not known.":
+        "{run}：run.json 已损坏，因此无法得知命令和机器。",
     "Load of the experts": "专家负载", "Mixture": "专家层", "mixture {n}": "专家层 {n}", "× mean": "× 平均",
     "Samples": "样本", "Options": "配置", "Step": "步",
     "This run has printed no samples (loop.sample_every).": "这次训练没有输出样本（loop.sample_every）。",
@@ -135,6 +150,15 @@ ZH = {
     "Attention": "注意力", "Layer by layer": "逐层预测", "Experts": "专家",
     "Layers {layers}: linear attention keeps a fading memory of fixed size instead of looking back at single tokens, "
     "so there is no map to show.": "第 {layers} 层：线性注意力用固定大小、逐渐淡忘的记忆代替对单个词元的回看，因此没有注意力图。",
+    "{n} layers": "{n} 层", "layers {layers}: {words}": "第 {layers} 层：{words}", "dim {n}": "维度 {n}",
+    "{n} heads of {width} ({kv} kv)": "{n} 个头，每头 {width} 维（{kv} 个键值头）",
+    "{n} heads of {width}": "{n} 个头，每头 {width} 维", "window {n}": "窗口 {n}", "no rotation": "无旋转位置编码",
+    "latent attention, {n} heads of {width}, latent {rank}": "潜在注意力，{n} 个头，每头 {width} 维，潜在维度 {rank}",
+    "gated delta rule": "门控 delta 规则", "gated linear attention": "门控线性注意力",
+    "{k} of {e} experts of {width}": "{e} 个专家选 {k} 个，每个 {width} 维", " + shared {n}": "，共享专家 {n} 维",
+    "feed-forward {n}": "前馈 {n}", "{norm} norm": "{norm} 归一化", "{place}-norm": "{place} 位置归一化",
+    "learned positions": "可学习的位置编码", "predicts {n} further tokens": "另外预测 {n} 个后续词元",
+    "vocabulary {n}": "词表 {n}", "context {n}": "上下文 {n}",
     "Layer": "层", "layer": "层", "Head": "头", "mean": "平均", "head {n}": "头 {n}", "Looking from": "从哪个词元看",
     "The stronger its colour, the more the chosen token looks at it.": "颜色越浓，所选词元对它的注意越多。",
     "All heads of this layer": "这一层的所有头", "looking": "看的词元", "looked at": "被看的词元", "weight": "权重",

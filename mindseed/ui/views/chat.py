@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import streamlit as st
 from mindseed.base.errors import UserError
 from mindseed.ui import look, session, talk
 from mindseed.ui.toolbar import toolbar
-from mindseed.ui.store import Conversation, Entry, Store, as_markdown, as_row
+from mindseed.ui.store import Conversation, Entry, Gone, Store, as_markdown, as_row
 from mindseed.ui.talk import Settings
 from mindseed.ui.tools import TOOLS
 from mindseed.ui.turns import Live, about_line, grouped, show_answer
@@ -20,17 +21,22 @@ SUGGESTIONS = {"en": ("Where does Anna live?", "7+8=?", "Tom has 6 books. He get
                       "How many books does Tom have now?", "Translate into Chinese: The small cat sees the red fox."),
                "zh": ("安娜住在哪里？", "7+8等于多少？", "汤姆有6本书，得到7本，然后送走4本。现在汤姆有几本书？",
                       "翻译成英文：小猫看见红狐狸。")}
+STARTERS = {"en": ("Anna lives in", "7+8=", "Tom has 6 books. He gets 7, then", "The small cat sees"),
+            "zh": ("安娜住在", "7+8=", "汤姆有6本书，得到7本，然后", "小猫看见")}           # of texts
+PLAIN = {"en": ("Once upon a time", "The first thing to know is"), "zh": ("从前", "首先要知道的是")}
 LISTED = 30                                       # conversations in the sidebar, the newest ones
 
 
 def show() -> None:
+    session.wait_until_kept()
     st.html(look.NARROW)
     store = session.store()
     if "conversation" not in st.session_state:
         st.session_state.conversation = number(st.query_params.get("c"))
     conversation = store.conversation(st.session_state.conversation or 0)
-    if conversation is None:
-        st.session_state.conversation = None
+    if conversation is None and st.session_state.conversation is not None:
+        open_conversation(None)
+        st.session_state.gone = True
     st.query_params.from_dict({"c": str(conversation.id)} if conversation else {})
     with session.sidebar():
         list_conversations(store, conversation)
@@ -38,18 +44,27 @@ def show() -> None:
 
     entries = store.path(conversation.id) if conversation else []
     before = Settings.of(conversation.settings if conversation else store.get("chat", {}))
+    own = before.model                            # what the user has chosen, some time
+    before = before if own in served else replace(before, model=preferred(list(served)))
     settings = toolbar(before, served, conversation, menu=lambda: menu(store, conversation, before, entries))
     if settings != before:
-        store.put("chat", settings.stored())
+        store.put("chat", settings.stored() | ({"model": own} if settings.model == before.model else {}))
         if conversation:
             store.configure(conversation.id, settings.stored())
 
-    typed = st.chat_input(_("Ask something"), key="typed", submit_mode="stop")
-    todo = st.session_state.pop("todo", None) or (("ask", typed) if typed else None)
-    if todo is None and not entries:
-        return greet()
+    texts = session.reads_only(settings.model)
+    if texts:
+        session.say_reads_only()
+    if st.session_state.get("gone"):
+        st.info(_("The conversation that was here has been deleted elsewhere; this is a new one."),
+                icon=":material/delete_sweep:")
+    typed = st.chat_input(_("Begin a text") if texts else _("Ask something"), key="typed", submit_mode="stop")
+    todo = st.session_state.pop("todo", None) or (("ask", typed) if typed and typed.strip() else None)
+    if not entries and (todo is None or todo[0] != "ask"):
+        return greet(settings.model, texts)
     if todo and todo[0] == "ask":
-        conversation = conversation or begin(store, settings, todo[1])
+        if conversation is None:
+            conversation = begin(store, settings, todo[1])
         parent = entries[-1].id if entries else None
         store.add(conversation.id, {"role": "user", "content": todo[1]}, parent=parent)
         entries = store.path(conversation.id)
@@ -60,7 +75,15 @@ def show() -> None:
     if entries[-1].role != "assistant" and not todo:      # stopped, or failed, before anything was written
         st.button(_("Answer"), icon=":material/refresh:", key="unanswered", on_click=do, args=("answer",))
     if todo:
-        answer(store, conversation, settings, entries)
+        try:
+            answer(store, conversation, settings, entries, texts=texts)
+        except Gone:                              # deleted while it was written
+            st.rerun()
+
+
+def preferred(served: list[str]) -> str:
+    """The model to begin with: the first that has learnt to converse."""
+    return next((name for name in served if not session.reads_only(name)), served[0] if served else "")
 
 
 def number(text: str | None) -> int | None:
@@ -84,7 +107,8 @@ def list_conversations(store: Store, current: Conversation | None) -> None:
 
 def open_conversation(id: int | None) -> None:
     st.session_state.conversation = id
-    st.session_state.pop("editing", None)
+    for name in ("editing", "gone"):
+        st.session_state.pop(name, None)
 
 
 def begin(store: Store, settings: Settings, question: str) -> Conversation:
@@ -144,18 +168,23 @@ def lines(rows: list[dict[str, Any] | None]) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- turns
 
-def greet() -> None:
-    look.empty(_("What shall we talk about?"), _("Everything stays on this computer."))
-    suggestions = SUGGESTIONS[st.session_state.get("language", "en")] if knows_the_world() else ()
+def greet(model: str, texts: bool) -> None:
+    """An empty page, with something to begin with: questions, or beginnings of texts."""
+    look.empty(_("How does the text begin?") if texts else _("What shall we talk about?"),
+               _("Everything stays on this computer."))
+    language, world = st.session_state.get("language", "en"), knows_the_world(model)
+    suggestions = (STARTERS if world else PLAIN)[language] if texts else SUGGESTIONS[language] if world else ()
     with st.container(horizontal=True, horizontal_alignment="center", key="suggestions"):
         for i, text in enumerate(suggestions):
             st.button(text, key=f"suggest_{i}", on_click=do, args=("ask", text))
 
 
-def knows_the_world() -> bool:
-    """Whether a model here was grown by `mindseed demo`, and so can be asked about the embedded world."""
-    return any((Path(model).absolute().parents[1] / "world" / "conversations.jsonl").exists()
-               for model in session.studio().models if len(Path(model).absolute().parents) > 1)
+def knows_the_world(model: str) -> bool:
+    """Whether the model was grown by `mindseed demo`, and so can be asked about the embedded world."""
+    place = session.directory_of(model)
+    folders = [Path(folder).absolute() for folder in ([place] if place else session.studio().models)]
+    return any((folder.parents[1] / "world" / "conversations.jsonl").exists()
+               for folder in folders if len(folder.parents) > 1)
 
 
 def do(*what: Any) -> None:
@@ -227,30 +256,34 @@ def ask_again(store: Store, conversation: int, parent: int | None) -> None:
     do("answer")
 
 
-def answer(store: Store, conversation: Conversation, settings: Settings, entries: list[Entry]) -> None:
-    """Have the last question answered, and keep what was written even if it is stopped half-way."""
+def answer(store: Store, conversation: Conversation, settings: Settings, entries: list[Entry], *,
+           texts: bool) -> None:
+    """Have the last question answered, or text gone on with, and keep what was written even if it is stopped
+    half-way."""
     parent = entries[-1].id
     settings = talk.again(settings, store.count_after(parent))
     with st.chat_message("assistant", avatar=look.SEEDLING):
         live = Live()
         st.button(_("Stop"), icon=":material/stop_circle:", type="tertiary", key="stop")
-        writing = talk.Writing(session.client(), talk.reply, settings, [entry.message for entry in entries])
-        try:
-            while not writing.over:
-                event = writing.take(0.2)
-                if event is None:
-                    live.wait()
-                    continue
-                if event.kind == "message":
-                    parent = store.add(conversation.id, event.message, parent=parent, about=event.about)
-                    for result in event.results:
-                        parent = store.add(conversation.id, result, parent=parent)
-                live.push(event)
-        finally:
-            writing.stop()
-            if message := live.partial():
-                finish = "broken" if writing.failed else "stopped"
-                store.add(conversation.id, message, parent=parent, about={"model": settings.model, "finish": finish})
+        asked = entries[-1].message["content"] if texts else [entry.message for entry in entries]
+        with session.writing():
+            writing = talk.Writing(session.client(), talk.continue_text if texts else talk.reply, settings, asked)
+            try:
+                while not writing.over:
+                    event = writing.take(0.2)
+                    if event is None:
+                        live.wait()
+                        continue
+                    if event.kind == "message":
+                        parent = store.add(conversation.id, event.message, parent=parent, about=event.about)
+                        for result in event.results:
+                            parent = store.add(conversation.id, result, parent=parent)
+                    live.push(event)
+            finally:
+                writing.stop()
+                if message := live.partial():
+                    how = {"model": settings.model, "finish": "broken" if writing.failed else "stopped"}
+                    store.add(conversation.id, message, parent=parent, about=how)
     if isinstance(writing.failed, talk.Unreachable):
         session.names_of.clear()                  # is it gone? The page asks anew
     if isinstance(writing.failed, UserError):

@@ -40,8 +40,11 @@ def show() -> None:
     names = []
     for side, column in zip(SIDES, st.columns(2, gap="large")):
         default = min(SIDES.index(side), len(served) - 1)
-        names.append(column.selectbox(_("Model"), served, index=default, key=f"compare_{side}", persist_state="session",
-                                      label_visibility="collapsed"))
+        names.append(column.selectbox(_("Model"), list(served), index=default, key=f"compare_{side}",
+                                      persist_state="session", label_visibility="collapsed"))
+        if session.reads_only(names[-1]):
+            with column:
+                session.say_reads_only()
     places = st.columns(2, gap="large")
     with session.sidebar():
         how = st.segmented_control(
@@ -52,12 +55,13 @@ def show() -> None:
         with st.expander(_("Tools"), icon=":material/build:"):
             settings = tools(settings, "compare")
         with st.expander(_("Settings"), icon=":material/tune:"):
-            settings = sampling(settings, "compare")
+            contexts = [served.get(name) for name in names]
+            settings = sampling(settings, "compare", None if None in contexts else max(contexts))
     if settings != before:
         st.session_state.compare = settings
         session.store().put("compare", settings.stored())
     prompt = st.chat_input(_("Ask both"), key="compare_prompt", submit_mode="stop")
-    if prompt:
+    if prompt and prompt.strip():
         run(places, settings, names, prompt, chat=how == "chat")
         st.rerun()
     shown = st.session_state.get("compared")

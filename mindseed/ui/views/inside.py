@@ -10,11 +10,11 @@ import streamlit as st
 
 from mindseed.base.errors import UserError
 from mindseed.interop.directory import Loaded
-from mindseed.models.describe import describe, mixer_words
 from mindseed.models.probe import Probe, probe
 from mindseed.nn.moe import MoE
 from mindseed.tokenizers.chat import encode_chat
 from mindseed.ui import look, session
+from mindseed.ui.anatomy import mixing_words, shape_words
 from mindseed.ui.views.tokens import readable, visible
 from mindseed.ui.words import gettext as _
 
@@ -31,7 +31,7 @@ def show() -> None:
                    "`mindseed ui runs/demo/fine-tune/model`")
         return
     loaded = session.load_model(path)
-    st.caption(describe(loaded.model.config))
+    st.caption(shape_words(loaded.model.config))
     with st.container(horizontal=True, vertical_alignment="bottom"):
         text = st.text_input(_("Prompt"), PROMPT[st.session_state.get("language", "en")], key="inside_text",
                              persist_state="session", width="stretch")
@@ -99,13 +99,15 @@ def show_attention(seen: Probe, names: list[str]) -> None:
                 icon=":material/waves:")
     if not maps:
         return
-    left, right = st.columns([1, 1.25], gap="large")
+    with st.container(key="stack_attention"):
+        left, right = st.columns([1, 1.25], gap="large")
     with left:
         layer = st.select_slider(_("Layer"), list(maps), value=max(maps), key="layer") if len(maps) > 1 else max(maps)
-        st.caption(mixer_words(seen.model.config.layers[layer].mixer))
+        st.caption(mixing_words(seen.model.config.layers[layer].mixer))
         heads = len(maps[layer])
-        head = st.segmented_control(_("Head"), [*range(heads), "mean"], default="mean", key=f"head_{heads}",
-                                    required=True, format_func=lambda h: _("mean") if h == "mean" else str(h))
+        with st.container(key="heads"):
+            head = st.segmented_control(_("Head"), ["mean", *range(heads)], default="mean", key=f"head_{heads}",
+                                        required=True, format_func=lambda h: _("mean") if h == "mean" else str(h))
         weights = (maps[layer].mean(0) if head == "mean" else maps[layer][head]).float().cpu().numpy()
         at = st.select_slider(_("Looking from"), range(T), value=T - 1, key=f"query_{T}",
                               format_func=lambda t: f"{t} {names[t]}") if T > 1 else 0
@@ -149,7 +151,9 @@ def thumbnails(maps: np.ndarray) -> None:
     """Every head's map as a small picture."""
     per_row = 8
     for start in range(0, len(maps), per_row):
-        for i, column in enumerate(st.columns(per_row)):
+        with st.container(key=f"thumbs_{start}"):
+            columns = st.columns(per_row)
+        for i, column in enumerate(columns):
             if start + i < len(maps):
                 column.image(picture_of(maps[start + i]), caption=_("head {n}", n=start + i), width="stretch",
                              output_format="PNG")
@@ -245,7 +249,8 @@ def show_experts(seen: Probe, names: list[str]) -> None:
     marks = labels(names)
     rows = [{"token": marks[t], "expert": int(e), "weight": float(w)}
             for t in range(start, end) for e, w in zip(chosen[t], weights[t])]
-    left, right = st.columns([1.7, 1], gap="large")
+    with st.container(key="stack_experts"):
+        left, right = st.columns([1.7, 1], gap="large")
     with left:
         st.markdown(f"**{_('Which token goes where')}**")
         look.chart(alt.Chart(pd.DataFrame(rows)).mark_rect(cornerRadius=2).encode(

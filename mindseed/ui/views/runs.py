@@ -1,6 +1,7 @@
 """Runs: curves of training while it goes on, several laid over each other, with samples and options."""
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def show() -> None:
                      places=", ".join(f"`{place}`" for place in session.studio().runs)))
         return
     names = short_names(runs)
-    chosen = st.multiselect(_("Runs"), runs, default=runs[:min(2, len(runs))], format_func=names.__getitem__,
+    sound = (run for run in runs if session.log_of(run).update().status().word != "damaged")
+    chosen = st.multiselect(_("Runs"), runs, default=list(islice(sound, 2)) or runs[:1], format_func=names.__getitem__,
                             key="runs", max_selections=MOST, label_visibility="collapsed", persist_state="session",
                             placeholder=_("Choose runs"))
     with session.sidebar():
@@ -75,6 +77,10 @@ def draw(logs: dict[str, Log], colours: dict[str, str], over: str, weight: float
         look.chart(picture, height=height)
         return True
 
+    def pair(i: int) -> list[Any]:
+        with st.container(key=f"stack_curves_{i}"):
+            return st.columns(2, gap="medium")
+
     curves("loss", _("Loss"), log_scale=log_y, unit=_("nats per token"), height=300)
     plan = [("bits_per_byte", _("Held-out text"), _("bits per byte"), False), ("lr", _("Learning rate"), "", False),
             ("grad_norm", _("Gradient norm"), "", True), ("tokens_per_s", _("Speed"), _("tokens/s"), True),
@@ -83,7 +89,7 @@ def draw(logs: dict[str, Log], colours: dict[str, str], over: str, weight: float
     known = set().union(*(log.names() for log in logs.values()))
     plan = [item for item in plan if item[0] in known]
     for i in range(0, len(plan), 2):
-        for column, (name, title, unit, smoothed) in zip(st.columns(2, gap="medium"), plan[i:i + 2]):
+        for column, (name, title, unit, smoothed) in zip(pair(i), plan[i:i + 2]):
             with column:
                 curves(name, title, smoothed=smoothed, unit=unit, points=name == "bits_per_byte")
     for name, log in logs.items():
@@ -93,7 +99,7 @@ def draw(logs: dict[str, Log], colours: dict[str, str], over: str, weight: float
 def summary(name: str, log: Log, colour: str) -> None:
     """One line of figures for a run."""
     status = log.status()
-    word = {"running": _("running"), "done": _("done"), "stopped": _("stopped")}[status.word]
+    word = {"running": _("running"), "done": _("done"), "stopped": _("stopped"), "damaged": _("damaged")}[status.word]
     of = f"{status.step:,} / {status.steps:,}" if status.steps else f"{status.step:,}"
     loss, bits, speed = log.last("loss"), log.last("bits_per_byte"), log.last("tokens_per_s")
     minutes = log.along("minutes")
@@ -103,8 +109,9 @@ def summary(name: str, log: Log, colour: str) -> None:
                (_("left"), duration(status.left_s)) if status.left_s is not None
                else (_("time"), duration(60 * minutes[-1]) if minutes else "–")]
     with st.container(border=True, key=f"run_{name}"):
-        cells = st.columns([2.2, 1.5, 1, 1, 1, 1], vertical_alignment="center")
-        tone = look.colours()[{"running": 2, "done": 7, "stopped": 1}[status.word]]
+        with st.container(key=f"summary_{name}"):
+            cells = st.columns([2.2, 1.5, 1, 1, 1, 1], vertical_alignment="center")
+        tone = look.colours()[{"running": 2, "done": 7, "stopped": 1, "damaged": 4}[status.word]]
         cells[0].html(f'<div style="font-weight:640"><span class="seed-dot" style="background:{colour}"></span>'
                       f'{look.with_code(name)} <span class="seed-word" style="--c:{tone}">{word}</span></div>')
         for cell, (label, value) in zip(cells[1:], figures):
@@ -112,7 +119,10 @@ def summary(name: str, log: Log, colour: str) -> None:
         if status.word == "running" and status.steps:
             st.progress(min(1.0, status.step / status.steps))
     if log.damaged:
-        st.caption(_("{n} damaged lines of log.jsonl were left out.", n=log.damaged))
+        st.caption(_("{run}: lines of log.jsonl that are damaged and were left out: {n}", run=look.plain(name),
+                     n=log.damaged))
+    if not log.about() and (log.folder / "run.json").exists():
+        st.caption(_("{run}: run.json is damaged, so its command and its machine are not known.", run=look.plain(name)))
 
 
 def line_chart(parts: dict[str, tuple[np.ndarray, np.ndarray]], colours: dict[str, str], weight: float, x_title: str, *,

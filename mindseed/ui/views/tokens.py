@@ -38,7 +38,8 @@ def show() -> None:
     st.html(f'<div class="seed-tokens" id="tokens">{coloured(tokenizer, ids[:MOST])}</div>')
     if len(ids) > MOST:
         st.caption(_("The first {n} are shown.", n=f"{MOST:,}"))
-    table, story = st.columns([1, 1.15], gap="large")
+    with st.container(key="stack_tokens"):
+        table, story = st.columns([1, 1.15], gap="large")
     with table:
         at = choose(tokenizer, ids[:MOST])
     with story:
@@ -50,7 +51,9 @@ def figures(text: str, ids: list[int], tokenizer: ByteLevel) -> None:
     values = [(_("tokens"), f"{len(ids):,}"), (_("characters"), f"{len(text):,}"), (_("bytes"), f"{size:,}"),
               (_("bytes per token"), f"{size / len(ids):.2f}"), (_("different tokens"), f"{len(set(ids)):,}"),
               (_("vocabulary"), f"{tokenizer.vocab_size:,}")]
-    for column, (label, value) in zip(st.columns(len(values)), values):
+    with st.container(key="figures"):
+        columns = st.columns(len(values))
+    for column, (label, value) in zip(columns, values):
         column.metric(label, value)
 
 
