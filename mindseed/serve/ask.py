@@ -91,8 +91,9 @@ def text_asks(served: Served, body: CompletionRequest) -> list[Ask]:
     return asks
 
 
-def prompts(served: Served, given: Any, *, begin: bool, param: str = "prompt") -> list[tuple[list[int], list[int]]]:
-    """(ids before it, ids of it) of every prompt in one of the four forms."""
+def prompts(served: Served, given: Any, *, begin: bool, param: str = "prompt", answer: bool = True
+            ) -> list[tuple[list[int], list[int]]]:
+    """(ids before it, ids of it) of every prompt in one of the four forms, with room for an `answer`."""
     if isinstance(given, str):
         given = [given]
     if isinstance(given[0], int):
@@ -109,7 +110,7 @@ def prompts(served: Served, given: Any, *, begin: bool, param: str = "prompt") -
         if wrong := next((id for id in ids if id >= rows or id in gaps), None):
             raise ApiError(400, f"{param} has the id {wrong}, which is no token; the model's ids end at {rows - 1}",
                            param=param)
-        require_room(served, len(before) + len(ids), param, answer=param != "input")
+        require_room(served, len(before) + len(ids), param, answer=answer)
     return pairs
 
 

@@ -181,7 +181,8 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     if body.dimensions not in (None, served.width):
         raise ApiError(400, f"dimensions={body.dimensions}: {served.name} gives vectors of {served.width} and no "
                             "others; leave it out", param="dimensions")
-    pairs = await asyncio.to_thread(ask.prompts, served, body.input, begin=False, param="input")
+    pairs = await asyncio.to_thread(ask.prompts, served, body.input, begin=False, param="input",
+                                    answer=False)
     vectors = await unless_gone(request, served.service.embed([ids for _, ids in pairs]))
     count = sum(len(ids) for _, ids in pairs)
     request.app.state.metrics.prompt.labels(served.name).inc(count)
