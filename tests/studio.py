@@ -17,7 +17,7 @@ from mindseed.nn.moe import MoEConfig
 from mindseed.tokenizers.bpe import BPE
 from mindseed.tokenizers.bpe_train import train
 from mindseed.tokenizers.chat import encode_chat, render
-from mindseed.ui.tools import TOOLS
+from mindseed.tasks.tools import TOOLS
 
 HELLO, GREETING = "hello", "Good morning, dear reader."
 SUM = "12+30=?"

@@ -26,7 +26,7 @@ from mindseed.ui.look import shown
 from mindseed.ui.runs import Log, differences, find_runs, smooth, thin
 from mindseed.ui.store import Store, as_markdown, as_row
 from mindseed.ui.studio import Ended, Studio, find_models, short_names
-from mindseed.ui.tools import TOOLS, calculate, execute
+from mindseed.tasks.tools import TOOLS, calculate, execute
 from mindseed.ui.words import ZH
 from tests.studio import save_run
 

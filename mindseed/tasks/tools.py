@@ -1,4 +1,5 @@
-"""Tools that a model may call from the studio. All are safe: none reads a file, opens a connection or runs code.
+"""Tools that a model may call, from the studio or while it is trained. All are safe: none reads a file, opens a
+connection or runs code.
 
 The first four are those of the embedded world, word for word, since a small model knows only what it was taught; two
 of them are true (sums, the time) and two are about people and cities that do not exist, so their answers are invented,
@@ -25,7 +26,7 @@ WORLD = {tool.name: tool for tool in toy_words.TOOLS}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudioTool:
+class SafeTool:
     """A core.Tool."""
 
     name: str
@@ -186,10 +187,10 @@ def find_phone(person: str) -> dict[str, Any]:
     return {"phone": str(1000 + chance(person, 9000))}
 
 
-def of_world(name: str, icon: str, run: Callable[..., dict[str, Any]]) -> StudioTool:
+def of_world(name: str, icon: str, run: Callable[..., dict[str, Any]]) -> SafeTool:
     """A tool as the embedded world describes it to its models."""
     words = WORLD[name]
-    return StudioTool(name=name, description=words.description, icon=icon, run=run,
+    return SafeTool(name=name, description=words.description, icon=icon, run=run,
                       schema={"type": "object", "properties": {words.argument: {"type": "string"}}})
 
 
@@ -200,14 +201,14 @@ def sum_of(sum: str) -> dict[str, Any]:
 TOOLS = {tool.name: tool for tool in (
     of_world("calculate", "calculate", sum_of),
     of_world("get_time", "schedule", get_time),
-    StudioTool(name="get_date", description="today's date, weekday and local time", icon="calendar_today",
+    SafeTool(name="get_date", description="today's date, weekday and local time", icon="calendar_today",
                schema={"type": "object", "properties": {}}, run=get_date),
-    StudioTool(name="convert_units", description="convert a quantity into another unit", icon="straighten",
+    SafeTool(name="convert_units", description="convert a quantity into another unit", icon="straighten",
                run=convert_units, schema={
                    "type": "object", "required": ["value", "source", "target"], "properties": {
                        "value": {"type": "number"}, "source": {"type": "string", "enum": NAMES_OF_UNITS},
                        "target": {"type": "string", "enum": NAMES_OF_UNITS}}}),
-    StudioTool(name="roll_dice", description="roll dice", icon="casino", run=roll_dice, schema={
+    SafeTool(name="roll_dice", description="roll dice", icon="casino", run=roll_dice, schema={
         "type": "object", "required": ["count", "sides"], "properties": {
             "count": {"type": "integer", "enum": list(range(1, 11))},
             "sides": {"type": "integer", "enum": [2, 4, 6, 8, 10, 12, 20, 100]}}}),

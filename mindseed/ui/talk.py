@@ -22,7 +22,7 @@ import httpx
 import openai
 
 from mindseed.base.errors import UserError
-from mindseed.ui.tools import TOOLS, execute
+from mindseed.tasks.tools import TOOLS, execute
 
 ROUNDS = 6                                        # of calls in one turn; a model that never stops calling is stopped
 FORGOTTEN = "The context is full: the oldest part of the conversation was left out."

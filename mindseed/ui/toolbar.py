@@ -8,7 +8,7 @@ import streamlit as st
 
 from mindseed.ui.store import Conversation
 from mindseed.ui.talk import Settings
-from mindseed.ui.tools import TOOLS
+from mindseed.tasks.tools import TOOLS
 from mindseed.ui.words import gettext as _
 
 

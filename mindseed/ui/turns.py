@@ -14,7 +14,7 @@ import streamlit as st
 from mindseed.ui import look
 from mindseed.ui.store import Entry
 from mindseed.ui.talk import Event, Message, parsed
-from mindseed.ui.tools import TOOLS
+from mindseed.tasks.tools import TOOLS
 from mindseed.ui.words import gettext as _
 
 EVERY_S = 0.05                                    # between two drawings of a text that is growing

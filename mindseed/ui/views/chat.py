@@ -13,7 +13,7 @@ from mindseed.ui import look, session, talk
 from mindseed.ui.toolbar import toolbar
 from mindseed.ui.store import Conversation, Entry, Gone, Store, as_markdown, as_row
 from mindseed.ui.talk import Settings
-from mindseed.ui.tools import TOOLS
+from mindseed.tasks.tools import TOOLS
 from mindseed.ui.turns import Live, about_line, grouped, show_answer
 from mindseed.ui.words import gettext as _
 
