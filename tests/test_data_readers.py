@@ -143,6 +143,9 @@ def test_missing_files_are_named(tmp_path):
     ({"messages": [{"role": "assistant", "reasoning_content": "why", "content": ""}]}, "chat", ["why"]),
     ({"instruction": "do", "input": "", "output": "done", "text": "whole prompt"}, "chat", None),
     ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference", ["q", "good", "bad"]),
+    ({"prompt": "q", "completion": "good", "label": False}, "unpaired", ["q", "good"]),
+    ({"prompt": "q", "steps": ["one", "two"], "labels": [1, 0]}, "steps", ["q", "one", "two"]),
+    ({"prompt": "q", "completions": ["one"], "labels": [True]}, "steps", ["q", "one"]),
 ])
 def test_kinds_and_their_texts(row, kind, found):
     assert kind_of(row) == kind

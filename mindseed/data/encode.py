@@ -1,15 +1,16 @@
 """Rows into documents: what a worker process of `prepare` does with a chunk of a file.
 
 A text becomes `[begin] + ids + [end]`, a conversation what the one chat renderer makes of it, with the mask of what is
-to be learned; a preference row becomes two conversations, chosen then rejected. A chunk is encoded by one call of the
-bulk encoder. Which split a row falls into is decided by a hash of its content and nothing else: it does not depend on
+to be learned; a preference row becomes two conversations, chosen then rejected, of which only what follows the prompt
+that they share is learned, as with an answer that was judged by itself. A chunk is encoded by one call of the bulk
+encoder. Which split a row falls into is decided by a hash of its content and nothing else: it does not depend on
 order, on the file or on the number of workers, and equal rows never end up on both sides.
 """
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from mindseed.base.errors import UserError
 from mindseed.data import fim
-from mindseed.data.formats import BadRow, parse, payloads
+from mindseed.data.formats import BadRow, json_type, parse, payloads
 from mindseed.data.readers import kind_of
 from mindseed.tokenizers.base import DOCUMENT_MARKS, document_marks
 from mindseed.tokenizers.chat import Span, encode_spans, normalise, render
@@ -42,7 +43,7 @@ class Pieces:
 
     ids: np.ndarray
     trainable: np.ndarray | None
-    columns: dict[str, np.ndarray]                # lengths, bytes, chat, source, line
+    columns: dict[str, np.ndarray]                # lengths, bytes, chat, source, line; label where answers are judged
 
 
 @dataclass
@@ -87,8 +88,8 @@ class Encoder:
         return "heldout" if int.from_bytes(digest, "big") < self.heldout * 2.0 ** 64 else "train"
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        done = Encoded(chunk.source)
-        texts, chats = [], []                     # (line, split, text), (line, split, [(messages, tools), ...])
+        done, labels = Encoded(chunk.source), {}
+        texts, chats = [], []                     # (line, split, text), (line, split, kind, sides, known)
         for line, payload in chunk.payloads:
             done.rows += 1
             try:
@@ -97,9 +98,11 @@ class Encoder:
                 if kind == "text":
                     texts.append((line, self.split_of(_encodable(row["text"])), row["text"]))
                 else:
-                    sides = self._conversations(row, kind)
+                    sides, known = conversations(row, kind)
                     canonical = _encodable(json.dumps(sides, ensure_ascii=False, sort_keys=True))
-                    chats.append((line, self.split_of(canonical), sides))
+                    chats.append((line, self.split_of(canonical), kind, sides, known))
+                    if kind == "unpaired":
+                        labels[line] = truth(row["label"])
             except BadRow as reason:
                 done.skipped.append((line, str(reason).encode(errors="backslashreplace").decode()))
             else:
@@ -108,28 +111,11 @@ class Encoder:
         documents.sort(key=lambda document: document[0])              # by line; stable, so pairs stay together
         for split in SPLITS:
             if mine := [document for document in documents if document[1] == split]:
-                done.splits[split] = self.pieces(mine, chunk.source)
+                done.splits[split] = self.pieces(mine, chunk.source, labels)
                 done.supervised[split] = sum(
                     len(ids) - 1 if mask is None else sum(mask[1:]) for _, _, ids, mask, _ in mine)
         done.skipped.sort()
         return done
-
-    def _conversations(self, row: dict, kind: str) -> list[tuple[list[dict], Any]]:
-        """The conversations of a row: one, or for a preference row chosen and rejected."""
-        if kind == "chat":
-            sides = [row]
-        else:
-            sides = [_side(row, name) for name in ("chosen", "rejected")]
-        result = []
-        for side in sides:
-            try:
-                messages, tools = normalise(side)
-            except (UserError, ValueError, TypeError, KeyError) as error:
-                raise BadRow(f"not a conversation: {error}") from None
-            if not any(message.get("role") == "assistant" for message in messages):
-                raise BadRow("no assistant turn, so there is nothing to learn")
-            result.append((messages, tools))
-        return result
 
     def _texts(self, texts: list) -> list[tuple]:
         cut = [fim.chosen(text, self.fim_rate, self.seed) if self.fim_rate and split == "train" else None
@@ -145,45 +131,54 @@ class Encoder:
         return documents
 
     def _chats(self, chats: list, done: Encoded) -> list[tuple]:
-        told = []                                 # (line, split, pair?, the spans of its documents)
-        for line, split, sides in chats:
-            pair = len(sides) == 2
+        told = []                                 # (line, split, kind, the spans of its documents)
+        for line, split, kind, sides, known in chats:
             try:
-                told.append((line, split, pair, [lesson for messages, tools in sides
-                                                 for lesson in self._lessons(messages, tools)[-1 if pair else None:]]))
+                group = [lesson for messages, tools in sides
+                         for lesson in self._lessons(messages, tools, known)[None if kind == "chat" else -1:]]
             except UserError as error:
-                self._drop(done, line, pair, str(error))
+                self._drop(done, line, kind, str(error))
+                continue
+            if kind == "preference" and group[0] == group[1]:
+                self._drop(done, line, kind, EQUAL)
+            else:
+                told.append((line, split, kind, group))
         encoded = iter(encode_spans(self.tokenizer, [spans for *_, group in told for spans in group]))
         documents = []
-        for line, split, pair, group in told:
+        for line, split, kind, group in told:
             made = [(line, split, *next(encoded), sum(len(span.text.encode()) for span in spans
                                                       if span.trainable and not span.control)) for spans in group]
             some = [document for document in made if any(document[3][1:])]
-            if not some or pair and len(some) < 2:
-                self._drop(done, line, pair, "no token of the assistant to learn")
+            if not some or kind == "preference" and len(some) < 2:
+                self._drop(done, line, kind, "no token of the assistant to learn")
             else:
                 documents.extend(some)
         return documents
 
-    def _lessons(self, messages: list[dict], tools: Any) -> list[list[Span]]:
-        """The documents of a conversation: one, or more in a template that rewrites the past, the last with its end."""
-        if self.template is None:
-            return [render(messages, tools=tools)]
-        return self.template.lessons(self.tokenizer, messages, tools=tools)
+    def _lessons(self, messages: list[dict], tools: Any, known: int) -> list[list[Span]]:
+        """The documents of a conversation whose first `known` messages are only read: one, or more in a template that
+        rewrites the past, the last with its end."""
+        if self.template is not None:
+            return self.template.lessons(self.tokenizer, messages, tools=tools, first=known)
+        spans = render(messages, tools=tools)
+        read = len(render(messages[:known], tools=tools)) if known else 0
+        return [[replace(span, trainable=False) for span in spans[:read]] + spans[read:]]
 
     @staticmethod
-    def _drop(done: Encoded, line: int, pair: bool, reason: str) -> None:
+    def _drop(done: Encoded, line: int, kind: str, reason: str) -> None:
         done.skipped.append((line, reason))
-        done.kinds["preference" if pair else "chat"] -= 1
+        done.kinds[kind] -= 1
 
-    def pieces(self, documents: list[tuple], source: int) -> Pieces:
+    def pieces(self, documents: list[tuple], source: int, labels: dict[int, bool] | None = None) -> Pieces:
+        """`labels` are those of judged answers, by their lines."""
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
         lines, _, ids, masks, sizes = zip(*documents)
         trainable = None
         if any(mask is not None for mask in masks):
             trainable = np.concatenate([np.ones(len(i), np.uint8) if mask is None else np.asarray(mask, np.uint8)
                                         for i, mask in zip(ids, masks)])
-        return Pieces(np.concatenate([np.array(i, dtype) for i in ids]), trainable, {
+        judged = {"label": np.array([labels.get(line, True) for line in lines], np.uint8)} if labels else {}
+        return Pieces(np.concatenate([np.array(i, dtype) for i in ids]), trainable, judged | {
             "lengths": np.array([len(i) for i in ids], np.int64),
             "bytes": np.array(sizes, np.int64),
             "chat": np.array([mask is not None for mask in masks], np.uint8),
@@ -207,12 +202,76 @@ def _encodable(text: str) -> str:
     return text
 
 
+# ------------------------------------------------------------------------------------------ rows into conversations
+
+EQUAL = "chosen and rejected are the same, so neither is preferred"
+Conversation = tuple[list[dict], Any]             # messages, tools
+
+
+def conversations(row: dict, kind: str) -> tuple[list[Conversation], int]:
+    """(the conversations of a row: one, or for a preference row chosen and rejected; how many messages of each are only
+    read). Raises BadRow."""
+    if kind == "steps":
+        raise BadRow("rewards of steps are trained on from the file itself, without preparing it")
+    if kind == "chat":
+        return [conversation(row, "")], 0
+    if kind == "unpaired":
+        truth(row["label"])
+        one = conversation(_side(row, "completion"), "prompt and completion: ")
+        return [one], require_answers({"completion": one[0]}, prompt_length(one[0]))
+    chosen, rejected = (conversation(_side(row, name), f"{name}: ") for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise BadRow(EQUAL)
+    if chosen[1] != rejected[1]:
+        raise BadRow("chosen and rejected have different tools, so they do not answer the same prompt")
+    differ = (i for i, (a, b) in enumerate(zip(chosen[0], rejected[0])) if a != b)
+    known = next(differ, min(len(chosen[0]), len(rejected[0])))
+    return [chosen, rejected], require_answers({"chosen": chosen[0], "rejected": rejected[0]}, known)
+
+
+def conversation(row: dict, where: str) -> Conversation:
+    try:
+        messages, tools = normalise(row)
+    except (UserError, ValueError, TypeError, KeyError) as error:
+        raise BadRow(f"{where}not a conversation: {error}") from None
+    if not any(message.get("role") == "assistant" for message in messages):
+        raise BadRow(f"{where}no assistant turn, so there is nothing to learn")
+    return messages, tools
+
+
+def prompt_length(messages: list[dict]) -> int:
+    """Messages up to the last question; what follows is the answer, with the calls of tools on its way."""
+    asked = [i for i, message in enumerate(messages) if message["role"] not in ("assistant", "tool")]
+    return asked[-1] + 1 if asked else 0
+
+
+def require_answers(sides: dict[str, list[dict]], known: int) -> int:
+    """`known`, if the first so many messages are a prompt and what follows on every side is an answer to it."""
+    if any(prompt_length(messages) > known for messages in sides.values()):
+        raise BadRow(f"chosen and rejected have no prompt in common: message {known} differs, before the last answer")
+    for name, messages in sides.items():
+        if not known:
+            raise BadRow(f"{name} answers no prompt")
+        if not messages[known:] or messages[-1]["role"] != "assistant":
+            raise BadRow(f"{name} ends without an answer{'' if messages[known:] else ' of its own'}")
+        if messages[known]["role"] != "assistant":
+            raise BadRow(f"chosen and rejected differ in message {known}, a tool's result, which nobody chose")
+    return known
+
+
+def truth(label: Any) -> bool:
+    if type(label) is not bool and label not in (0, 1):
+        raise BadRow(f'"label" must be true (desirable) or false, not {json_type(label)}')
+    return bool(label)
+
+
 def _answers(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def _side(row: dict, name: str) -> dict:
-    """One side of a preference row as a conversation: a list of messages, or an answer to the row's prompt."""
+    """A side of a preference row, or a judged completion, as a conversation: a list of messages, or an answer to the
+    row's prompt."""
     value, prompt = row[name], row.get("prompt")
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
     if isinstance(value, str) and before:

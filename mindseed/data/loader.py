@@ -6,7 +6,7 @@ counts the rows of ALL ranks, so a run that resumes on another number of ranks g
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Iterator, Protocol, Sequence
 
 import numpy as np
@@ -28,29 +28,53 @@ class Arrays:
     targets: np.ndarray            # int64
     weights: np.ndarray            # float32
     positions: np.ndarray          # int64
+    extra: dict[str, np.ndarray] = field(default_factory=dict)       # (B, ...) each: what the rows bring beside these
 
     @classmethod
-    def zeros(cls, batch_size: int, seq_len: int) -> Arrays:
-        shape = batch_size, seq_len
+    def zeros(cls, batch_size: int, width: int) -> Arrays:
+        shape = batch_size, width
         return cls(np.zeros(shape, np.int64), np.zeros(shape, np.int64),
                    np.zeros(shape, np.float32), np.zeros(shape, np.int64))
+
+    def put(self, b: int, t: int, ids: np.ndarray, trainable: np.ndarray | None, position: int = 0) -> int:
+        """Write a document, or a piece of one, into row b from slot t on; returns the slot after it. Its n tokens take
+        n - 1 slots, since the last one is only a target."""
+        here = slice(t, t + len(ids) - 1)
+        self.ids[b, here] = ids[:-1]
+        self.targets[b, here] = ids[1:]
+        self.weights[b, here] = 1.0 if trainable is None else trainable[1:]
+        self.positions[b, here] = np.arange(position, position + len(ids) - 1)
+        return here.stop
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """As tensors; `rows` are the rows' numbers in the stream, by which `describe` names their documents."""
         return Batch(ids=torch.from_numpy(self.ids), targets=torch.from_numpy(self.targets),
                      weights=torch.from_numpy(self.weights), positions=torch.from_numpy(self.positions),
-                     extra={"row": torch.tensor(rows, dtype=torch.long)})
+                     extra={"row": torch.tensor(rows, dtype=torch.long),
+                            **{name: torch.from_numpy(x) for name, x in self.extra.items()}})
 
 
 class Rows(Protocol):
-    """An endless stream of rows, each a pure function of its index."""
+    """An endless stream of rows, each a pure function of its index. `seq_len` is the width of packed rows; where every
+    row is as wide as what it holds (preference.py), the limit of a document."""
 
     seq_len: int
+    extras: tuple[str, ...]                                               # what it brings beside ids and weights
 
     def __len__(self) -> int: ...                                         # rows in one epoch
+    def width(self, indices: Sequence[int]) -> int: ...                   # slots that a batch of these rows needs
     def write(self, indices: Sequence[int], out: Arrays, at: Sequence[int]) -> None: ...
     def describe(self, index: int) -> list[str]: ...                      # file:line of its documents
     def identity(self) -> dict[str, Any]: ...                             # what the stream is a function of
+
+
+def in_epochs(indices: Sequence[int], n: int, *, seed: int, shuffle: bool) -> np.ndarray:
+    """Which of n things an endless stream has at `indices`: all of them in every epoch, each time in another order."""
+    epochs, numbers = np.divmod(np.asarray(indices, np.int64), n)
+    for epoch in np.unique(epochs if shuffle else []):
+        now = epochs == epoch
+        numbers[now] = shuffled(numbers[now], n, key_of(seed, 2, int(epoch)))
+    return numbers
 
 
 class PackedRows:
@@ -59,6 +83,8 @@ class PackedRows:
     `cross_documents` lets positions run on through a row, so that its documents see those before them, as DeepSeek-V3
     packs (2412.19437): simpler kernels, at the price of attention to what has nothing to do with the text.
     """
+
+    extras = ()
 
     def __init__(self, documents: Documents, *, seq_len: int, seed: int = 0, strategy: Strategy = "best-fit",
                  shuffle: bool = True, packed: Plan | None = None, cross_documents: bool = False) -> None:
@@ -74,14 +100,12 @@ class PackedRows:
     def stats(self):
         return self.plan.stats
 
+    def width(self, indices: Sequence[int]) -> int:
+        return self.seq_len
+
     def _planned(self, indices: Sequence[int]) -> list[int]:
         """Rows of the plan that the stream has at `indices`."""
-        n, indices = len(self.plan), np.asarray(indices, np.int64)
-        epochs, numbers = indices // n, indices % n
-        for epoch in np.unique(epochs if self.shuffle else []):
-            now = epochs == epoch
-            numbers[now] = shuffled(numbers[now], n, key_of(self.seed, 2, int(epoch)))
-        return numbers.tolist()
+        return in_epochs(indices, len(self.plan), seed=self.seed, shuffle=self.shuffle).tolist()
 
     def _segments(self, row: int) -> list[list[int]]:
         self._read += 1
@@ -96,12 +120,7 @@ class PackedRows:
             t = 0
             for document, first, slots in self._segments(row):
                 ids, trainable = self.documents.slice(document, first, first + slots + 1)
-                here = slice(t, t + slots)
-                out.ids[b, here] = ids[:-1]
-                out.targets[b, here] = ids[1:]
-                out.weights[b, here] = 1.0 if trainable is None else trainable[1:]
-                out.positions[b, here] = np.arange(slots) + (t if self.cross_documents else 0)
-                t += slots
+                t = out.put(b, t, ids, trainable, t if self.cross_documents else 0)
 
     def describe(self, index: int) -> list[str]:
         return [self.documents.name(document) for document, _, _ in self._segments(self._planned([index])[0])]
@@ -135,7 +154,7 @@ class RowSource:
     def __next__(self) -> Batch:
         first = self.rows_seen + self.rank * self.batch_size
         indices = range(first, first + self.batch_size)
-        out = Arrays.zeros(self.batch_size, self.rows.seq_len)
+        out = Arrays.zeros(self.batch_size, self.rows.width(indices))
         self.rows.write(indices, out, range(self.batch_size))
         self.rows_seen += self.batch_size * self.world
         return out.batch(indices)
@@ -198,6 +217,26 @@ class Evaluation:
             yield out.batch(range(first, first + self.batch_size))
 
 
+class Once:
+    """A finite pass over the first epoch of any rows, or `limit` of them: held-out pairs, say. The last batch may have
+    fewer rows. Iterating again starts from the beginning."""
+
+    def __init__(self, rows: Rows, *, batch_size: int, limit: int | None = None) -> None:
+        self.rows, self.batch_size = rows, batch_size
+        self.count = len(rows) if limit is None else min(limit, len(rows))
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, self.count, self.batch_size):
+            indices = range(first, min(first + self.batch_size, self.count))
+            out = Arrays.zeros(len(indices), self.rows.width(indices))
+            self.rows.write(indices, out, range(len(indices)))
+            yield out.batch(indices)
+
+
 class _Chosen:
     """Some of the documents, renumbered."""
 
@@ -206,6 +245,7 @@ class _Chosen:
     def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
         self.documents, self.chosen, self.fingerprint = documents, chosen, documents.fingerprint
         self.lengths, self.bytes, self.chat = documents.lengths[chosen], documents.bytes[chosen], documents.chat[chosen]
+        self.labels = None if documents.labels is None else documents.labels[chosen]
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -7,7 +7,8 @@ each source goes through its own epochs undisturbed.
 """
 from __future__ import annotations
 
-from typing import Any, Sequence
+import copy
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
@@ -21,8 +22,8 @@ BLOCK = 1000                       # weights are rounded to thousandths
 class Mixture:
     """`Rows` that take from several others in proportion to their weights (of rows, which are all equally long).
 
-    Give it to a `RowSource`. Raises UserError for weights that are negative or round to nothing, or rows of unequal
-    length.
+    Give it to a `RowSource`. Raises UserError for weights that are negative or round to nothing, rows of unequal
+    length, or of several kinds, since one objective has to read them all.
     """
 
     def __init__(self, parts: Sequence[tuple[Rows, float]], *, seed: int = 0, names: Sequence[str] = ()) -> None:
@@ -35,6 +36,11 @@ class Mixture:
         if len(lengths) > 1:
             raise UserError(f"the parts of a mixture must have rows of one length, got seq_len {sorted(lengths)}")
         self.seq_len = lengths.pop()
+        kinds = [(type(rows).__name__, *rows.extras) for rows in self.parts]
+        if len(set(kinds)) > 1:
+            raise UserError("the parts of a mixture must be of one kind, got "
+                            + ", ".join(f"{name}: {' + '.join(kind)}" for name, kind in zip(self.names, kinds)))
+        self.extras = self.parts[0].extras
         self.counts = largest_remainder(weights, BLOCK)
         if not self.counts.all():
             name = self.names[int(np.argmin(self.counts))]
@@ -55,6 +61,10 @@ class Mixture:
         parts = np.searchsorted(self.before, places, side="right") - 1
         return parts, blocks * self.counts[parts] + places - self.before[parts]
 
+    def width(self, indices: Sequence[int]) -> int:
+        parts, inner = self._locate(indices)
+        return max(self.parts[part].width(inner[parts == part]) for part in np.unique(parts))
+
     def write(self, indices: Sequence[int], out: Arrays, at: Sequence[int]) -> None:
         parts, inner = self._locate(indices)
         for part in np.unique(parts):
@@ -67,6 +77,13 @@ class Mixture:
 
     def identity(self) -> dict[str, Any]:
         return {"mixture": [[int(n), rows.identity()] for n, rows in zip(self.counts, self.parts)], "seed": self.seed}
+
+    def mapped(self, change: Callable[[Rows], Rows]) -> Mixture:
+        """The same mixture of changed parts, which bring more along."""
+        mixture = copy.copy(self)
+        mixture.parts = [change(part) for part in self.parts]
+        mixture.extras = mixture.parts[0].extras
+        return mixture
 
     def epochs(self, rows_seen: int) -> dict[str, float]:
         """How often each part has been gone through after `rows_seen` rows."""

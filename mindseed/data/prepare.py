@@ -39,6 +39,7 @@ from mindseed.tokenizers.hf_json import save_tokenizer
 from mindseed.tokenizers.template import Template
 
 SHARD_TOKENS = 1 << 25
+APART = ("preference", "unpaired")  # kinds of rows that share a folder with no other
 FEWEST_SKIPPED = 10                # a fraction as budget never means fewer lines than this
 INLINE_BYTES = 1 << 20             # less input is not worth starting worker processes for
 
@@ -272,8 +273,9 @@ class _Job:
             self.kinds[kind] = self.kinds.get(kind, 0) + count
         self.skipped += [[file, line, reason] for line, reason in encoded.skipped]
         self._check_budget()
-        if self.kinds.get("preference") and any(n for kind, n in self.kinds.items() if kind != "preference"):
-            raise UserError(f"{file} mixes preference rows with others; prepare them into folders of their own")
+        kinds = [kind for kind, count in self.kinds.items() if count]
+        if len(kinds) > 1 and (alone := [kind for kind in APART if kind in kinds]):
+            raise UserError(f"{file} mixes {alone[0]} rows with others; prepare them into folders of their own")
         for split, pieces in encoded.splits.items():
             self.open[split].append(pieces)
             self.supervised[split] += encoded.supervised[split]
@@ -282,12 +284,7 @@ class _Job:
             self._close_part()
 
     def _check_budget(self) -> None:
-        rows = sum(self.rows.values())
-        allowed = self.max_skipped if self.max_skipped >= 1 or not self.max_skipped else \
-            max(FEWEST_SKIPPED, self.max_skipped * rows)
-        if len(self.skipped) > allowed:
-            raise UserError(f"{len(self.skipped)} of the first {rows} rows cannot be used, {int(allowed)} are allowed "
-                            f"(mend them or raise --max-skipped):\n{listed(self.skipped)}")
+        check_budget(self.skipped, sum(self.rows.values()), self.max_skipped)
 
     def _close_part(self) -> None:
         """Write the shards of the open part, then its record."""
@@ -306,7 +303,9 @@ class _Job:
     def _write_shard(self, path: Path, pieces: list[Pieces]) -> dict[str, Any]:
         lengths = np.concatenate([p.columns["lengths"] for p in pieces])
         arrays = {"offsets": [np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)]}
-        for name in ("bytes", "line", "source"):
+        for name in ("bytes", "line", "source", "label"):
+            if name not in pieces[0].columns:
+                continue
             arrays[name] = [p.columns[name] for p in pieces]
         arrays["ids"] = [p.ids for p in pieces]
         arrays["chat"] = [p.columns["chat"] for p in pieces]
@@ -333,12 +332,20 @@ class _Job:
         kinds = {kind: n for kind, n in self.kinds.items() if n}
         chat = set(kinds) - {"text"}
         write_json(self.out / "manifest.json", {
-            **inputs, "kind": "preference" if "preference" in chat else "chat" if chat else "text",
+            **inputs, "kind": next((kind for kind in APART if kind in kinds), "chat" if chat else "text"),
             "template_hash": inputs["template_hash"] if chat else None,
             "sources": [{**s, "rows": self.rows.get(s["path"], 0)} for s in inputs["sources"]],
             "rows": {"total": sum(self.rows.values()), "skipped": len(self.skipped), **kinds},
             "splits": splits, "skipped": [f"{file}:{line}: {reason}" for file, line, reason in self.skipped]})
         shutil.rmtree(self.out / ".parts")
+
+
+def check_budget(skipped: list[list], rows: int, max_skipped: float) -> None:
+    """UserError with the list of bad lines, [file, line, reason] each, if they are more than is put up with."""
+    allowed = max_skipped if max_skipped >= 1 or not max_skipped else max(FEWEST_SKIPPED, max_skipped * rows)
+    if len(skipped) > allowed:
+        raise UserError(f"{len(skipped)} of the first {rows} rows cannot be used, {int(allowed)} are allowed "
+                        f"(mend them or raise --max-skipped):\n{listed(skipped)}")
 
 
 def listed(skipped: list[list], most: int = 12) -> str:

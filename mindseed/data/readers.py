@@ -13,8 +13,8 @@ from typing import Any, Callable, Iterable, Iterator
 from mindseed.base.errors import UserError
 from mindseed.data.formats import FORMATS, BadRow, check, json_type, parse, payloads, suffix_of
 
-ACCEPTED = ('{"text"}, {"conversations": [...]}, {"messages": [...]}, {"instruction", "input", "output"} '
-            'or {"chosen", "rejected"}')
+ACCEPTED = ('{"text"}, {"conversations": [...]}, {"messages": [...]}, {"instruction", "input", "output"}, '
+            '{"chosen", "rejected"}, {"prompt", "completion", "label"} or {"prompt", "steps", "labels"}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,18 @@ def read_rows(paths: Iterable[str | Path], *, bad: Callable[[str, int, str], Non
 # ---------------------------------------------------------------------------------------------- what a row means
 
 def kind_of(row: dict[str, Any]) -> str:
-    """"preference", "chat" or "text", by the keys of the row that are not null; raises BadRow with the keys found if
-    it is none.
+    """"preference", "unpaired" (an answer judged by itself), "steps" (a chain of them, each judged), "chat" or "text",
+    by the keys of the row that are not null; raises BadRow with the keys found if it is none.
 
     The narrower schema wins: Alpaca's own files also carry the whole prompt under "text".
     """
     keys = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= keys:
         return "preference"
+    if {"prompt", "completion", "label"} <= keys:
+        return "unpaired"
+    if "labels" in keys and {"steps", "completions"} & keys:
+        return "steps"
     if {"conversations", "messages"} & keys or {"instruction", "output"} <= keys:
         return "chat"
     if "text" in row:
@@ -74,7 +78,8 @@ def kind_of(row: dict[str, Any]) -> str:
 
 def row_texts(row: dict[str, Any]) -> Iterator[str]:
     """Every natural text inside a row, for training a tokenizer: contents, reasoning, chosen and rejected answers."""
-    for key in ("text", "prompt", "instruction", "input", "output", "conversations", "messages", "chosen", "rejected"):
+    for key in ("text", "prompt", "instruction", "input", "output", "conversations", "messages", "chosen", "rejected",
+                "completion", "completions", "steps"):
         yield from _texts(row.get(key))
 
 

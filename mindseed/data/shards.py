@@ -11,6 +11,7 @@ file, so any tool can open it:
     chat       uint8 (documents,)               1 if `trainable` says which count, 0: all
     source     int32 (documents,)               the file it came from: an index into the manifest's sources
     line       int64 (documents,)               and the line there
+    label      uint8 (documents,)               of answers that were judged one by one: 1 desirable, 0 not
 
 The pages that a process has touched of a mapped file count as its memory until they are given back. `Mapped` gives
 them back after every 32 MB touched, which is what keeps training on any amount of text within constant memory.
@@ -56,6 +57,7 @@ class Documents(Protocol):
     lengths: np.ndarray            # (documents,) int64, tokens
     bytes: np.ndarray              # (documents,) int64, UTF-8 bytes of the text that is learned
     chat: np.ndarray               # (documents,) uint8
+    labels: np.ndarray | None      # (documents,) uint8: were answers judged desirable? None: they were not judged
     fingerprint: str               # changes whenever any document does
     folder: Path | None            # where plans of packing are kept, None: in memory
 
@@ -69,14 +71,17 @@ class MemoryDocuments:
     """Documents given as arrays: for tests, toys and whatever is made while the program runs."""
 
     def __init__(self, documents: Sequence[tuple[Sequence[int], Sequence[bool] | None]],
-                 bytes: Sequence[int] | None = None, name: str = "memory") -> None:
+                 bytes: Sequence[int] | None = None, name: str = "memory",
+                 labels: Sequence[bool] | None = None) -> None:
         self.ids = [np.asarray(ids, np.uint32) for ids, _ in documents]
         self.trainable = [None if t is None else np.asarray(t, np.uint8) for _, t in documents]
         self.lengths = np.array([len(ids) for ids in self.ids], np.int64)
         self.bytes = np.asarray(self.lengths if bytes is None else bytes, np.int64)
         self.chat = np.array([t is not None for t in self.trainable], np.uint8)
+        self.labels = None if labels is None else np.asarray(labels, np.uint8)
         self.folder, self._name = None, name
         digest = hashlib.sha256(self.lengths.tobytes() + self.chat.tobytes())
+        digest.update(b"" if self.labels is None else self.labels.tobytes())
         for array in self.ids + [t for t in self.trainable if t is not None]:
             digest.update(array.tobytes())
         self.fingerprint = digest.hexdigest()
@@ -165,6 +170,8 @@ class ShardedDocuments:
         self.firsts = np.cumsum([0] + [entry["documents"] for entry in shards]).tolist()
         self.lengths = self._all("offsets", np.diff)
         self.chat = self._all("chat", np.array, np.uint8)
+        judged = bool(self.shards) and all("label" in shard.arrays for shard in self.shards)
+        self.labels = self._all("label", np.array, np.uint8) if judged else None
         self.fingerprint = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
         self._touched = 0
         self._release()
@@ -245,7 +252,8 @@ class Prepared:
 
     @property
     def kind(self) -> str:
-        """"text", "chat" or "preference" (documents 2i and 2i+1 are a chosen and a rejected conversation)."""
+        """"text", "chat", "preference" (documents 2i and 2i+1 are a chosen and a rejected conversation) or "unpaired"
+        (conversations with a label each: desirable or not)."""
         return self.manifest["kind"]
 
     @property

@@ -37,6 +37,7 @@ def upcycled_config(config: LMConfig, moe: MoEConfig) -> LMConfig:
 def upcycle(model: LM, moe: MoEConfig, *, seed: int = 0) -> LM:
     """A mixture with the dense model's weights; `expert_dim` of `moe` is replaced by the width there is."""
     mixture = build(upcycled_config(model.config, moe), seed=seed, device=model.embed.weight.device)
+    mixture.value_head = model.value_head
     state, old = mixture.state_dict(), model.state_dict()
     for name, x in state.items():
         part = name.split(".")[-2]

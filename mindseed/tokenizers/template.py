@@ -84,9 +84,11 @@ class Template:
         return guard.cut(guard.plain(self.text(guard.messages, tools=guard.tools, generation_prompt=generation_prompt,
                                                thinking=thinking)), [])
 
-    def lessons(self, tokenizer: ByteLevel, messages: list[Message], *, tools: Tools = None) -> list[list[Span]]:
-        """The conversation for training: one list of spans, or more where the template rewrites the past. UserError
-        where it rewrites, because of an answer, what the answer was to."""
+    def lessons(self, tokenizer: ByteLevel, messages: list[Message], *, tools: Tools = None,
+                first: int = 0) -> list[list[Span]]:
+        """The conversation for training: one list of spans, or more where the template rewrites the past; answers
+        before message `first` are only read. UserError where it rewrites, because of an answer, what the answer was to.
+        """
         check(messages)
         guard, moment = Guard(tokenizer, self.source, messages, tools), datetime.datetime.now()
 
@@ -95,7 +97,7 @@ class Template:
 
         lessons: list[tuple[str, list[tuple[int, int]]]] = []         # text, the answers in it from and to
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or i < first:
                 continue
             before, whole = guard.messages[:i], told(guard.messages[:i + 1])
             asked = told(before, True)
