@@ -127,6 +127,8 @@ class Output:
     aux: dict[str, Tensor] = field(default_factory=dict)   # auxiliary losses of layers, per token (B, T), weighed
     further: tuple[Tensor, ...] = ()              # (B, T, D) each: what predicts the token 2, 3, ... ahead
     further_weight: float = 0.0                   # of the mean of their losses
+    states: tuple[Tensor, ...] = ()               # (B, T, ...) each: the residual stream where it was asked for
+    parts: dict[str, Tensor] = field(default_factory=dict)   # (B, T, ...) each: what one layer's attention works with
 
     def logits(self) -> Tensor:
         """(B, T, V), in the dtype of the head's product; for decoding and for objectives that need them all."""
@@ -138,7 +140,8 @@ class Output:
             return x[tokens][None]
 
         return replace(self, hidden=pick(self.hidden), values=None if self.values is None else pick(self.values),
-                       aux={name: pick(x) for name, x in self.aux.items()}, further=tuple(map(pick, self.further)))
+                       aux={name: pick(x) for name, x in self.aux.items()}, further=tuple(map(pick, self.further)),
+                       states=tuple(map(pick, self.states)), parts={name: pick(x) for name, x in self.parts.items()})
 
     def logps(self, targets: Tensor) -> Tensor:
         """log p(targets), (B, T), in at least float32; recomputes the head in the backward pass."""

@@ -1,4 +1,2 @@
-"""One file per algorithm; a new one is a file here and a line in this table."""
-from mindseed.objectives.sft import SFT
-
-OBJECTIVES = {"sft": SFT}
+"""One file per algorithm. A new one is a file here, and a branch of recipes/methods.py or a row of
+recipes/rl_options.py."""

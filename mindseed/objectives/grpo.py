@@ -15,8 +15,9 @@ prompt, so that no critic is needed. The relatives change three things:
     RLOO       an answer       1 - 0.2, 1 + 0.2     answers                          the ratio is a product (2402.14740)
 
 Rows hold whole trajectories, one or several packed, whose positions begin at 0. The rollout has put into `extra`, all
-(B, T): "advantages", "old_logps" (under the trainer, before the first update), and, as they are wanted, "reference"
-(log-probabilities of the reference) and "sampled_logps" (those that the engine reported when it drew).
+(B, T): "advantages", and, as they are wanted, "old_logps" (under the trainer, before the first update; without them
+this is the first), "reference" (log-probabilities of the reference) and "sampled_logps" (those that the engine reported
+when it drew: how far the trainer is from them is logged as "engine_gap").
 """
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ class GRPO:
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         counted, answer, lengths = answers_of(batch)
         logps = logps_at(output, batch.targets, counted, self.temperature)        # (n,)
-        advantages, old = (batch.extra[name][counted].to(logps.dtype) for name in ("advantages", "old_logps"))
+        advantages = batch.extra["advantages"][counted].to(logps.dtype)
+        old = batch.extra["old_logps"][counted].to(logps.dtype) if "old_logps" in batch.extra else logps.detach()
         change = logps - old
         of_answer = logps.new_zeros(len(lengths)).index_add(0, answer, change)    # (A,)
         if self.level == "mean":
@@ -89,6 +91,8 @@ class GRPO:
             losses = -torch.minimum(ratio * advantages, clipped * advantages)
             cut = (ratio > 1 + self.clip_high) & (advantages > 0) | (ratio < 1 - self.clip_low) & (advantages < 0)
         metrics = {"ratio": ratio, "clipped": cut.to(ratio.dtype), "entropy": -logps, "kl_old": k3(old - logps)}
+        if "sampled_logps" in batch.extra:
+            metrics["engine_gap"] = (old - batch.extra["sampled_logps"][counted]).abs()
         if self.correction:
             metrics["correction"] = (old - batch.extra["sampled_logps"][counted]).exp().clamp_max(self.correction)
             losses = losses * metrics["correction"]

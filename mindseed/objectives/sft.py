@@ -19,23 +19,39 @@ from mindseed.core import Batch, Output
 class SFT:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    tags: tuple[int, ...] = ()                    # ids that count `tag_weight` times, as those that open a thought do
+    tag_weight: float = 1.0
     splittable = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing} must lie in [0, 1)")
+        if self.tag_weight <= 0:
+            raise ValueError(f"tag_weight={self.tag_weight} must be above 0")
         if self.z_loss < 0:
             raise ValueError(f"z_loss={self.z_loss} must not be negative")
 
     def prepare(self, batch: Batch) -> Batch:
-        return batch
+        """With the tags' weights raised."""
+        if not self.tags or self.tag_weight == 1:
+            return batch
+        tagged = torch.isin(batch.targets, torch.tensor(self.tags, device=batch.targets.device))
+        return replace(batch, weights=torch.where(tagged, batch.weights * self.tag_weight, batch.weights))
 
     def count(self, batch: Batch) -> Tensor:
         """Supervised tokens, by weight."""
         return batch.weights.sum()
 
     def loss(self, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        nll, total, metrics = *self.of_tokens(output, batch.targets, batch.weights), {}
+        nll, total = self.of_tokens(output, batch.targets, batch.weights)
+        total, metrics = self.beside(total, output, batch)
+        if total is not nll:
+            metrics["nll"] = nll
+        return total, {name: value.detach() for name, value in metrics.items()}
+
+    def beside(self, total: Tensor, output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`total` and what layers and modules that look further ahead ask for, which stands beside any loss."""
+        metrics = {}
         for name, value in output.aux.items():
             metrics[name] = (value * batch.weights).sum()
             total = total + metrics[name]
@@ -44,9 +60,7 @@ class SFT:
             ahead = self.of_tokens(replace(output, hidden=hidden, aux={}, further=()), targets, weights)[0]
             total = total + output.further_weight / len(output.further) * ahead
             metrics[f"nll_{distance}_ahead"] = ahead
-        if total is not nll:
-            metrics["nll"] = nll
-        return total, {name: value.detach() for name, value in metrics.items()}
+        return total, metrics
 
     def of_tokens(self, output: Output, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(negative log-likelihood, the same with smoothing and z-loss), summed by weight."""
