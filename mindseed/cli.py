@@ -26,11 +26,15 @@ RECIPES = {                                       # in the order in which a newc
     "show-batch": "print what a batch trains on, in colour",
     "plan": "parameters, FLOPs, memory and time of a run before its first step",
     "train": "pretrain or fine-tune a model",
+    "rl": "learn from rewards: GRPO and its relatives, PPO, with or without tools",
+    "synthesize": "have a teacher answer prompts, and write what is worth learning from",
+    "r1": "from a base model to a reasoner and its small student, stage by stage",
     "extend": "lengthen a model's context, and measure how far it sees",
     "convert": "read and write other model formats",
 }
 ELSEWHERE = {                                     # what other projects call them
     **dict.fromkeys(("pretrain", "sft", "full-sft", "finetune", "fine-tune"), "train"),
+    **dict.fromkeys(("grpo", "ppo", "train-grpo", "train-ppo", "train-spo", "train-agent"), "rl"),
     **dict.fromkeys(("train-pretrain", "train-full-sft"), "train"),
     **dict.fromkeys(("eval-llm", "talk", "run"), "chat"), "train-tokenizer": "tokenizer", "tokenize": "prepare",
     **dict.fromkeys(("export", "convert-model"), "convert"),

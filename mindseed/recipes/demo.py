@@ -1,7 +1,8 @@
 """Grow a chat model from nothing on this machine, in minutes, and see what each stage taught it.
 
 A small closed world in English and Chinese is written out, a tokenizer trained on it, a model of two million
-parameters pretrained on its texts and fine-tuned on its conversations. Before and after each stage the model answers
+parameters pretrained on its texts and fine-tuned on its conversations; then it learns which of two answers is preferred
+(DPO), and from being told whether its own answers are right (GRPO). Before and after each stage the model answers
 questions it has never seen. Everything is in runs/demo: report.html to look at, summary.json for programs, and the
 model itself. A demo that was stopped goes on where it was.
 """
@@ -28,18 +29,20 @@ from mindseed.data.loader import Evaluation
 from mindseed.data.readers import read_rows, row_texts
 from mindseed.data.shards import Prepared
 from mindseed.data.toy import World, write_world
-from mindseed.interop.directory import load_directory, save_directory
+from mindseed.interop.directory import load_directory
 from mindseed.models.lm import LM, build
 from mindseed.models.presets import PRESETS
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes import prepare
+from mindseed.recipes import rl as rl_recipe
 from mindseed.recipes import train as train_recipe
 from mindseed.recipes.grade import grade
 from mindseed.recipes.machine import choose_device
 from mindseed.recipes.options import DataOptions, LoopOptions, ModelOptions, TrainOptions
 from mindseed.recipes.report import write_report
+from mindseed.recipes.rl_options import PromptOptions, RLLoop, RLOptions, SamplingOptions, StartOptions
 from mindseed.recipes.run_folder import commit
 from mindseed.tasks.toy import ToyTask
 from mindseed.tokenizers import bpe_train
@@ -96,7 +99,7 @@ def main(options: Options) -> int:
              "time": [duration(s["seconds"]) for s in demo.stages]}
     table("held-out questions answered right, %", ["", *(s["name"] for s in demo.stages)],
           [[name, *values] for name, values in rows.items()])
-    model, ask = demo.folder / "fine-tune" / "model", to_ask(demo.details["answers"])
+    model, ask = demo.folder / demo.stages[-1]["name"] / "model", to_ask(demo.details["answers"])
     say("\nTalk to the model you have grown. It knows its small world only" + (", so ask it, say:" if ask else "."))
     say("\n".join(f"    {question}" for question in ask) + f"\n\n    {command()} chat {model}\n")
     say("In the browser: make studio. Behind OpenAI's API: make serve\n")
@@ -125,12 +128,13 @@ def grow(demo: Demo, device: torch.device) -> None:
     if not demo.done("untrained"):
         config = PRESETS["toy"].lm_config(vocab_size=tokenizer.vocab_size, seq_len=CONTEXT)
         judge(build(config, seed=options.seed, device=device), "untrained", 0.0)
-    for name, options_of in (("pretrain", pretraining), ("fine-tune", fine_tuning)):
+    for name, options_of in (("pretrain", pretraining), ("fine-tune", fine_tuning), ("dpo", preferring),
+                             ("grpo", reinforcing)):
         if demo.done(name):
             continue
         say(f"\n--- {name}")
-        start = time.monotonic()
-        directory = train_recipe.train(options_of(options, folder), device)
+        start, stage = time.monotonic(), options_of(options, folder)
+        directory = (rl_recipe if isinstance(stage, RLOptions) else train_recipe).train(stage, device)
         judge(load_directory(directory, device=device).model, name, time.monotonic() - start)
 
 
@@ -154,6 +158,30 @@ def fine_tuning(options: Options, folder: Path) -> TrainOptions:
                                        str(folder / "pretrain" / "data" / "0-pretrain")), weights=(0.8, 0.2)),
         schedule=ScheduleConfig(kind="linear", warmup_steps=20, final=0.02),
         loop=replace(base.loop, steps=scaled(440, options)))
+
+
+def preferring(options: Options, folder: Path) -> TrainOptions:
+    """Pairs of answers, a right one and one that is false or repeats itself."""
+    return TrainOptions(
+        out=str(folder / "dpo"), resume="auto", seed=options.seed, device=options.device, method="dpo",
+        model=ModelOptions(start=str(folder / "fine-tune" / "model")),
+        data=DataOptions(train=(str(folder / "world" / "preferences.jsonl"),), seq_len=CONTEXT // 2, heldout=0.05),
+        optim=OptimConfig(kind="adamw", lr=5e-5, weight_decay=0.0),
+        schedule=ScheduleConfig(kind="linear", warmup_steps=5),
+        loop=LoopOptions(steps=scaled(40, options), batch=32, micro_batch=16, sample_every=0,
+                         validate_every=scaled(20, options)))
+
+
+def reinforcing(options: Options, folder: Path) -> RLOptions:
+    """Its own answers to problems, told right from wrong."""
+    return RLOptions(
+        out=str(folder / "grpo"), resume="auto", seed=options.seed, device=options.device,
+        model=StartOptions(start=str(folder / "dpo" / "model")),
+        data=PromptOptions(train=(str(folder / "world" / "problems.jsonl"),), limit=60),
+        rollout=SamplingOptions(prompts=32, answers=8, max_new=96),
+        optim=OptimConfig(kind="adamw", lr=2e-4, weight_decay=0.0),
+        schedule=ScheduleConfig(kind="linear", warmup_steps=5),
+        loop=RLLoop(steps=scaled(50, options), micro_batch=64, sample_every=0, validate_every=scaled(25, options)))
 
 
 def scaled(steps: int, options: Options) -> int:

@@ -15,7 +15,10 @@ from mindseed.base.errors import UserError
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
+from mindseed.recipes.machine import choose_device
 from mindseed.recipes.model_options import ModelOptions
+from mindseed.recipes.post_options import (DistillOptions, DPOOptions, KTOOptions, LoRAOptions, Method,
+                                            RewardModelOptions)
 
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
 Resume = Literal["never", "newest", "auto"]
@@ -57,6 +60,7 @@ class DataOptions:
 class ObjectiveOptions:
     label_smoothing: float = option(0.0, help="share of the target spread over the whole vocabulary")
     z_loss: float = option(0.0, help="weight of the squared log partition function (1e-4 is usual)")
+    tag_weight: float = option(1.0, help="weight of the tokens <think>, </think> (and <answer>) among the others")
 
     def __post_init__(self) -> None:
         SFT(**vars(self))                         # which checks them
@@ -119,6 +123,8 @@ class TrainOptions:
     resume: Resume = option("never", bare="newest",
                             help="newest: go on from the last checkpoint; auto: start, or go on",
                             elsewhere=("from_resume auto", "resume_from_checkpoint auto"))
+    method: Method = option("sft", help="sft: texts and answers (pretraining too); dpo, kto: preferences; reward, "
+                                        "process-reward: a model that judges; distill: from a teacher")
     depth: int | None = option(None,
                                help="the one dial: layers, width, heads, batch, learning rate and steps follow from it")
     seed: int = option(0, help="seed of the weights, the order of the data, dropout and samples")
@@ -131,6 +137,11 @@ class TrainOptions:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    dpo: DPOOptions = field(default_factory=DPOOptions)
+    kto: KTOOptions = field(default_factory=KTOOptions)
+    reward: RewardModelOptions = field(default_factory=RewardModelOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
     loop: LoopOptions = field(default_factory=LoopOptions)
 
     def __post_init__(self) -> None:
@@ -138,14 +149,20 @@ class TrainOptions:
             raise ValueError(f"seed={self.seed} must lie between 0 and 2^63 - 1")
 
 
+GROUPS = {"objective": "sft", "dpo": "dpo", "kto": "kto", "reward": "reward", "distill": "distill"}
+SHARE = {"sft": 1 / 5, "distill": 1 / 5, "reward": 1 / 5, "process-reward": 1 / 5, "dpo": 1 / 50, "kto": 1 / 50}
+
+
 def without_effect(options: TrainOptions) -> list[str]:
     """A line for every option that was given and that another one makes idle."""
-    data, loop, schedule = options.data, options.loop, options.schedule
+    data, loop, schedule, device = options.data, options.loop, options.schedule, choose_device(options.device)
     long = next((name for name in ("steps", "minutes", "epochs") if getattr(loop, name) is not None), None)
     prepared = data.train and all((Path(entry) / "manifest.json").exists() for entry in data.train)
     tokenizer = ("data.tokenizer is given" if data.tokenizer else "model.start brings its tokenizer"
                  if options.model.start else "the data are prepared" if prepared else None)
     causes = {
+        "optim.states": (f"states are paged from a CUDA GPU, and this runs on {device}"
+                         if options.optim.states == "paged" and device.type != "cuda" else None),
         "optim.momentum": "optim.kind is adamw" if options.optim.kind == "adamw" else None,
         "schedule.decay": f"schedule.kind is {schedule.kind}" if schedule.kind != "wsd" else None,
         "schedule.final": "schedule.kind is constant" if schedule.kind == "constant" else None,
@@ -154,6 +171,12 @@ def without_effect(options: TrainOptions) -> list[str]:
         "data.vocab_size": tokenizer,
         **dict.fromkeys(("data.heldout", "data.fim_rate", "data.max_skipped"), "the data are prepared already"
                         if prepared else None)}
+    packed = options.method in ("sft", "distill")
+    causes |= dict.fromkeys(("data.packing", "data.cross_documents", "data.fim_rate"), None if packed else
+                            f"--method {options.method} packs nothing but the two documents of a row")
+    causes |= {f"{group}.{name}": f"--method is {options.method}" for group, own in GROUPS.items()
+               if own != options.method for name in vars(getattr(options, group))}
+    causes |= {f"lora.{name}": "lora.rank is 0" for name in vars(options.lora) if not options.lora.rank}
     changed = diff(TrainOptions(), options)
     return [f"{name} has no effect: {cause}" for name, cause in causes.items() if cause and name in changed]
 
@@ -177,8 +200,12 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
     if tokens is None and loop.steps is None and loop.minutes is None:
         tokens = loop.tokens_per_param * params
     batch = loop.batch
+    if options.method == "kto" and loop.micro_batch is None:          # one number is shared by the whole batch
+        micro = batch // world if batch else max(8, micro)
     if batch is None and (tokens or loop.steps):
         batch = batch_rows(params, seq_len, micro * world, tokens=tokens, steps=loop.steps)
+        if options.method == "kto":
+            batch = micro * world
     if batch is not None:
         micro = loop.micro_batch or largest_divisor(max(1, batch // world), micro)
         if batch % (micro * world):
@@ -188,7 +215,8 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
     if steps is None and tokens is not None:
         steps = max(1, math.ceil(tokens / (batch * seq_len)))
     if lr is None and steps is not None:
-        lr = peak_rate(params, steps * batch * seq_len, share=1 if options.model.start is None else 1 / 5)
+        share = 1 if options.model.start is None else SHARE[options.method] * (5 if options.lora.rank else 1)
+        lr = peak_rate(params, steps * batch * seq_len, share=share)
     return replace(options, optim=replace(options.optim, lr=lr), loop=replace(
         loop, batch=batch, micro_batch=micro, steps=steps, epochs=None if steps is not None else loop.epochs,
         minutes=None if steps is not None else loop.minutes))

@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, TypeVar
 
 from mindseed import __version__
 from mindseed.base import config as base_config
@@ -33,18 +33,21 @@ from mindseed.base.hardware import describe_machine
 from mindseed.base.log import open_sinks, read_jsonl, say
 from mindseed.optim.schedule import learning_rate
 from mindseed.recipes.options import TrainOptions
+from mindseed.recipes.rl_options import RLOptions
 
+AnyOptions = TypeVar("AnyOptions", TrainOptions, RLOptions)
 LONG = ("steps", "minutes", "epochs")             # the options that say how long to train
 
 
-def options_of_run(options: TrainOptions) -> dict[str, Any] | None:
+def options_of_run(options: AnyOptions) -> dict[str, Any] | None:
     """What the run to go on with was given: it holds where the command says nothing else."""
     folder = Path(options.out)
     if options.resume == "never" or not (folder / "config.toml").exists():
         return None
-    given = base_config.to_dict(given_to(folder)) | {"out": options.out}
+    given = base_config.to_dict(given_to(folder, type(options))) | {"out": options.out}
     loop, usual = options.loop, TrainOptions().loop
-    if any(getattr(loop, name) is not None for name in LONG) or loop.tokens_per_param != usual.tokens_per_param:
+    if isinstance(options, TrainOptions) and (any(getattr(loop, name) is not None for name in LONG)
+                                              or loop.tokens_per_param != usual.tokens_per_param):
         given["loop"] |= dict.fromkeys(LONG)
     return given
 
@@ -55,22 +58,22 @@ def begun(folder: Path) -> bool:
     return log.exists() and log.stat().st_size > 0 or kept.is_dir()
 
 
-def given_to(folder: Path) -> TrainOptions:
+def given_to(folder: Path, kind: type[AnyOptions] = TrainOptions) -> AnyOptions:
     """The options that the run in `folder` was given."""
     given = folder / "given.toml"
-    return base_config.load_toml(TrainOptions, given if given.exists() else folder / "config.toml")
+    return base_config.load_toml(kind, given if given.exists() else folder / "config.toml")
 
 
-def resolved(folder: Path) -> TrainOptions:
+def resolved(folder: Path, kind: type[AnyOptions] = TrainOptions) -> AnyOptions:
     """The options of the run in `folder` with all that was derived. UserError if a derived one is missing."""
-    options = base_config.load_toml(TrainOptions, folder / "config.toml")
+    options = base_config.load_toml(kind, folder / "config.toml")
     for name in ("optim.lr", "loop.steps", "loop.batch", "loop.save_every"):
-        if base_config.flatten(options)[name] is None:
+        if base_config.flatten(options).get(name, "not an option") is None:
             raise UserError(f"{folder / 'config.toml'} has lost {name}; put it back as it was")
     return options
 
 
-def claim(options: TrainOptions, folder: Path) -> TrainOptions:
+def claim(options: AnyOptions, folder: Path) -> AnyOptions:
     """Refuse to write over another run; on going on, fill in what the run keeps (see above)."""
     if begun(folder) and options.resume != "never" and not (folder / "config.toml").exists():
         raise UserError(f"{folder} holds a run and has lost its config.toml; put it back, or start anew with another "
@@ -81,13 +84,14 @@ def claim(options: TrainOptions, folder: Path) -> TrainOptions:
         raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
     if options.resume == "never" or not begun(folder):
         return options
-    saved, given, loop = resolved(folder), given_to(folder), options.loop
-    if loop.minutes is not None and loop.minutes == given.loop.minutes:
-        loop = replace(loop, minutes=None, steps=saved.loop.steps)
+    saved, given, loop = resolved(folder, type(options)), given_to(folder, type(options)), options.loop
     if loop.precision == "auto":
         loop = replace(loop, precision=saved.loop.precision)
-    if loop.batch is None:
-        loop = replace(loop, batch=saved.loop.batch)
+    if isinstance(options, TrainOptions):
+        if loop.minutes is not None and loop.minutes == given.loop.minutes:
+            loop = replace(loop, minutes=None, steps=saved.loop.steps)
+        if loop.batch is None:
+            loop = replace(loop, batch=saved.loop.batch)
     then, now = saved.model.start, options.model.start
     other = (then and Path(then).resolve()) != (now and Path(now).resolve())
     if other and (then is None or now is None or Path(then).exists()):
@@ -119,9 +123,9 @@ def alone(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder)
 
 
-def say_changes(options: TrainOptions, folder: Path, step: int) -> None:
+def say_changes(options: AnyOptions, folder: Path, step: int) -> None:
     """A line for every option that is not what it was, and for a learning rate that jumps at this step."""
-    saved = resolved(folder)
+    saved = resolved(folder, type(options))
     for name, (then, now) in base_config.diff(replace(saved, out=options.out, resume=options.resume), options).items():
         say(f"changed    {name}: {then} then, {now} now")
     then, now = (learning_rate(o.schedule, peak=o.optim.lr, steps=o.loop.steps)(min(step, o.loop.steps - 1))
@@ -130,7 +134,7 @@ def say_changes(options: TrainOptions, folder: Path, step: int) -> None:
         say(f"changed    the learning rate at step {step}: {then:.3g} then, {now:.3g} now")
 
 
-def open_run(options: TrainOptions, given: TrainOptions, resumed: Path | None) -> list:
+def open_run(options: AnyOptions, given: AnyOptions, resumed: Path | None) -> list:
     """Record what this run is, and open its log; on resuming, log lines after the checkpoint are taken back."""
     folder = make_folder(options.out)
     log = folder / "log.jsonl"

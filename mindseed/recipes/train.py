@@ -12,25 +12,23 @@ the field read.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mindseed.adapt.lora import Coverage, add_adapter, merge
+from mindseed.adapt.peft import save_adapter
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.files import read_json, write_json
 from mindseed.base.hardware import peak
 from mindseed.base.log import bytes_text, check_sinks, read_jsonl, say, si, table, warn
-from mindseed.core import Objective
-from mindseed.data.loader import Evaluation, PackedRows, Rows, RowSource
-from mindseed.data.mix import BLOCK, Mixture
+from mindseed.core import Objective, Source
+from mindseed.data.mix import Mixture
+from mindseed.data.readers import kind_of, read_rows
 from mindseed.data.prefetch import Prefetch
-from mindseed.data.readers import expand, kind_of, read_rows
-from mindseed.data.shards import Prepared
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import SAMPLING, Loaded, load_directory, require_folder, save_directory
@@ -40,26 +38,26 @@ from mindseed.interop.families import family_of
 from mindseed.models.describe import describe
 from mindseed.models.lm import LM, build
 from mindseed.models.upcycle import upcycle
-from mindseed.objectives.sft import SFT
 from mindseed.optim.ema import EMA
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
 from mindseed.plan.flops import flops_per_token
 from mindseed.plan.memory import plan_memory
 from mindseed.plan.params import count_params
-from mindseed.recipes import prepare
+from mindseed.quant.linear import quantize_model, unquantize
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
+from mindseed.recipes.methods import VALUES, equip, learning, measure, require_kind, source_of
 from mindseed.recipes.model_options import MLAOptions, ModelOptions
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
 from mindseed.recipes.run_folder import alone, begun, claim, open_run, options_of_run, resolved, say_changes
+from mindseed.recipes.training_data import Data, open_data
 from mindseed.train.balance import Balance
 from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
 from mindseed.train.state import Checkpoints, restore
 from mindseed.train.step import Run
-from mindseed.tokenizers.chat import JINJA, template_hash
+from mindseed.tokenizers.chat import JINJA
 from mindseed.tokenizers.hf_json import load_tokenizer
-from mindseed.tokenizers.template import Template, foreign, read_template
 from mindseed.train.validate import evaluate
 
 Options = TrainOptions
@@ -92,13 +90,14 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
     check_early(options)
     data = open_data(options, run_folder)
     model, parent = open_model(options, data.tokenizer, device)
+    equip(model, options)
+    cover = adapt(model, options)
     facts = {"params": count_params(model.config).active, "rows_per_epoch": len(data.rows), "world": dist.world_size()}
     options = derive(options, **facts)
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
-    source = Prefetch(RowSource(data.rows, batch_size=options.loop.micro_batch, rank=dist.rank(),
-                                world=dist.world_size()))
-
-    objective = SFT(label_smoothing=options.objective.label_smoothing, z_loss=options.objective.z_loss)
+    plan = learning(options, model, data.rows, data.heldout, data.tokenizer, run_folder, device)
+    objective, data = plan.objective, replace(data, rows=plan.rows, heldout=plan.heldout)
+    source = source_of(options, model, data.rows, data.tokenizer, parent)
     groups = parameter_groups(model, options.optim)
     backend = NativeBackend(model, objective, build_optimizers(groups, options.optim),
                             precision=options.loop.precision, max_norm=options.optim.max_norm)
@@ -119,24 +118,30 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
 
     checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
         "model": config_to_dict(model.config), "tokenizer": data.tokenizer.hash(), "data": data.rows.identity(),
-        "optim.kind": options.optim.kind})
+        "optim.kind": options.optim.kind} | ({} if options.method == "sft" else {"method": options.method})
+        | ({"distill": [bool(options.distill.states), bool(options.distill.relations), list(options.distill.layers)]}
+           if options.method == "distill" else {})
+        | ({"lora": vars(options.lora) | {"targets": list(options.lora.targets)}} if options.lora.rank else {}))
     resumed = resume(options, run, ema, checkpoints)
     if resumed and run.step >= options.loop.steps and (run_folder / "model").exists():
         if dist.is_main():
             say(f"{run_folder} has had its {options.loop.steps} steps, so nothing is left to do; give a larger "
                 "loop.steps to go on")
-        source.close()
+        close(source)
         return run_folder / "model"
     torch.manual_seed(options.seed + 1_000_003 * dist.rank()) if not resumed else None
-    announce(options, model, data, groups, run_folder, device, resumed, run.step)
+    announce(options, model, data, groups, run_folder, device, resumed, run.step, cover)
 
     peak_flops = dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops
     fit(Fit(run=run, steps=options.loop.steps, checkpoints=checkpoints, save_every=options.loop.save_every, ema=ema,
-            hooks=[Hook(every=options.loop.validate_every, call=validation(backend, data, ema), before_first=True),
-                   Hook(every=options.loop.sample_every, call=samples(model, data, options.seed))],
+            hooks=[Hook(every=options.loop.validate_every, call=validation(options, backend, objective, data, ema),
+                        before_first=True),
+                   Hook(every=options.loop.sample_every if options.method not in VALUES else 0,
+                        call=samples(model, data, options.seed))],
+            score="bits_per_byte" if options.method == "sft" else "heldout/loss",
             sinks=open_run(options, given, resumed) if dist.is_main() else [],
             flops_per_token=flops_per_token(model.config, options.data.seq_len).model, peak_flops=peak_flops))
-    source.close()
+    close(source)
     return finish(options, backend, model, data, ema, run, parent, run_folder)
 
 
@@ -155,18 +160,6 @@ def derive_by_clock(options: TrainOptions, run: Run, facts: dict[str, int]) -> T
 
 
 SHAPE = {f.name for f in fields(ModelOptions)} - {"start", "extend", "dropout", "moe", "mla"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What the run reads: an endless stream of packed rows, and held-out documents by the name of their entry."""
-
-    tokenizer: Any
-    template: Template | None                     # how conversations are told; None: in our own format
-    rows: Rows
-    entries: list[Prepared]
-    names: list[str]
-    heldout: dict[str, Evaluation]
 
 
 def check_early(options: TrainOptions) -> None:
@@ -191,80 +184,7 @@ def check_early(options: TrainOptions) -> None:
     for entry in options.data.train:
         if not any((Path(entry) / name).exists() for name in ("manifest.json", ".parts")):
             with contextlib.suppress(StopIteration):
-                if kind_of(next(read_rows([entry], bad=lambda *_: None)).row) == "preference":
-                    raise UserError(f"{entry} holds preference pairs (chosen, rejected); this recipe trains on texts "
-                                    "and conversations")
-
-
-def open_data(options: TrainOptions, run_folder: Path) -> Data:
-    """Tokenise what is raw (once, by rank 0), open what is prepared, mix, and set the held-out documents apart."""
-    given = options.data
-    if not given.train:
-        hint = (f", or give the run's own preset: mindseed train {run_folder / 'config.toml'} --resume"
-                if (run_folder / "config.toml").exists() else "")
-        raise UserError("data.train is empty: name files, folders or prepared folders, e.g. --data.train "
-                        f"corpus.jsonl{hint}")
-    if given.weights and len(given.weights) != len(given.train):
-        raise UserError(f"data.weights has {len(given.weights)} numbers for {len(given.train)} entries of data.train")
-    where = choose_tokenizer(options, run_folder)
-    folders = [prepare_entry(entry, i, options, where, run_folder) for i, entry in enumerate(given.train)]
-    dist.barrier()                                # rank 0 has written it all
-    tokenizer, template = load_tokenizer(where), foreign(*read_template(where))
-    told = template.hash() if template else template_hash()
-    entries = [Prepared(folder, tokenizer=tokenizer, template_hash=told) for folder in folders]
-    for entry in entries:
-        if entry.kind == "preference":
-            raise UserError(f"{entry.folder} holds preference pairs (chosen, rejected); this recipe trains on texts "
-                            "and conversations")
-    names = [Path(entry).name.split(".")[0] or "data" for entry in given.train]
-    if len(set(names)) < len(names):
-        names = [f"{i}-{name}" for i, name in enumerate(names)]
-    parts = [PackedRows(entry.split("train"), seq_len=given.seq_len, seed=options.seed, strategy=given.packing,
-                        cross_documents=given.cross_documents)
-             for entry in entries]
-    sizes = [float(len(part)) for part in parts]
-    weights = given.weights or [max(n, 1.5 * sum(sizes) / BLOCK) for n in sizes]             # tiny files count as well
-    rows = parts[0] if len(parts) == 1 else Mixture(list(zip(parts, weights)), seed=options.seed, names=names)
-    heldout = {name: Evaluation(entry.split("heldout"), seq_len=given.seq_len, batch_size=max(1, 4096 // given.seq_len),
-                                limit=options.loop.validate_documents)
-               for name, entry in zip(names, entries) if len(entry.split("heldout"))}
-    return Data(tokenizer=tokenizer, template=template, rows=rows, entries=entries, names=names, heldout=heldout)
-
-
-def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
-    """Where the tokenizer is, and with it the chat template: the start model's; else named; else that of a prepared
-    folder; else one trained on the data, in the run's folder."""
-    if options.model.start:
-        return require_folder(Path(options.model.start))
-    if options.data.tokenizer:
-        return Path(options.data.tokenizer)
-    for entry in options.data.train:
-        if (Path(entry) / "manifest.json").exists():
-            return Path(entry) / "tokenizer"
-    own = run_folder / "tokenizer"
-    learnt_from = {"vocab_size": options.data.vocab_size, "files": [
-        [str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in expand(options.data.train)]}
-    before = read_json(own / "learnt_from.json") if (own / "learnt_from.json").exists() else None
-    if dist.is_main() and before != learnt_from and not begun(run_folder):
-        recipe = importlib.import_module("mindseed.recipes.tokenizer")
-        recipe.main(recipe.Options(data=options.data.train, out=str(own), vocab_size=options.data.vocab_size,
-                                   overwrite=True))
-        write_json(own / "learnt_from.json", learnt_from)
-    return own
-
-
-def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Path, run_folder: Path) -> Path:
-    """The prepared folder of one entry of data.train; rank 0 makes it if the entry is raw."""
-    path = Path(entry)
-    if (path / "manifest.json").exists() or (path / ".parts").exists():
-        return path
-    out = run_folder / "data" / f"{index}-{path.name.split('.')[0] or 'data'}"
-    if dist.is_main():
-        prepare.main(prepare.Options(
-            paths=(entry,), out=str(out), tokenizer=str(tokenizer), heldout=options.data.heldout,
-            max_skipped=options.data.max_skipped, fim_rate=options.data.fim_rate, workers=options.data.workers,
-            overwrite=not begun(run_folder)))     # a start that was refused may have left what another one needs not
-    return out
+                require_kind(kind_of(next(read_rows([entry], bad=lambda *_: None)).row), entry, options.method)
 
 
 def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> tuple[LM, Loaded | None]:
@@ -291,8 +211,15 @@ def with_config(model: LM, config: LMConfig) -> LM:
         return model
     device = next(model.parameters()).device
     other = build(config, device=device)
+    other.value_head = model.value_head
     other.load_state_dict(model.state_dict())
     return other
+
+
+def close(source: Source) -> None:
+    """End the thread that reads ahead, if there is one."""
+    if isinstance(source, Prefetch):
+        source.close()
 
 
 def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkpoints) -> Path | None:
@@ -313,9 +240,30 @@ def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkp
     return path
 
 
-def validation(backend: NativeBackend, data: Data, ema: EMA | None):
-    """Bits per byte on held-out documents: of each entry by name, and over all bytes."""
-    def measure(step: int) -> dict[str, Any]:
+def adapt(model: LM, options: TrainOptions) -> Coverage | None:
+    """Freeze the model beneath an adapter, if one is asked for; in 4 bits, if that is."""
+    if not options.lora.rank:
+        return None
+    if options.lora.nf4:
+        quantize_model(model)
+    return add_adapter(model, options.lora.config(), seed=options.seed)
+
+
+def validation(options: TrainOptions, backend: NativeBackend, objective: Objective, data: Data, ema: EMA | None):
+    """Bits per byte on held-out documents: of each entry by name, and over all bytes. With another method than
+    fine-tuning what its loss says of held-out rows."""
+    def judged(step: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        with ema.applied() if ema and step else contextlib.nullcontext():
+            for name, rows in data.heldout.items():
+                found = measure(backend, objective, rows, backend.device)
+                values |= {f"heldout/{key}" + (f"/{name}" if len(data.heldout) > 1 else ""): value
+                           for key, value in found.items()}
+        if len(data.heldout) > 1:
+            values["heldout/loss"] = sum(values[f"heldout/loss/{name}"] for name in data.heldout) / len(data.heldout)
+        return values
+
+    def bits(step: int) -> dict[str, Any]:
         values, bits, total = {}, 0.0, 0
         with ema.applied() if ema and step else contextlib.nullcontext():
             for name, documents in data.heldout.items():
@@ -325,7 +273,7 @@ def validation(backend: NativeBackend, data: Data, ema: EMA | None):
                 bits, total = bits + result["bits_per_byte"] * documents.bytes, total + documents.bytes
         return {"bits_per_byte": bits / total, **values} if total else {}
 
-    return measure
+    return bits if options.method == "sft" else judged
 
 
 def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 48):
@@ -353,7 +301,7 @@ def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 
 # -------------------------------------------------------------------------------------------------- words and records
 
 def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder: Path, device: torch.device,
-             resumed: Path | None, step: int) -> None:
+             resumed: Path | None, step: int, cover: Coverage | None) -> None:
     """What is about to happen, before the first step: the model, the data, the optimisers, every derived value."""
     if not dist.is_main():
         return
@@ -373,6 +321,9 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     parts = data.rows.parts if isinstance(data.rows, Mixture) else [data.rows]
     for name, part in zip(data.names, parts):
         say(f"packing    {name}: {part.stats}")
+    if cover:
+        table("adapter", cover.HEADER, cover.rows)
+        say(f"adapter    {cover}" + (", on a base in 4 bits" if options.lora.nf4 else ""))
     tokens = loop.batch * options.data.seq_len
     say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, "
         f"in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
@@ -404,7 +355,10 @@ def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data,
         if ema:
             ema.swap()
         model.eval()
+        if options.lora.rank:
+            hang_up(options, model, folder)
         info = {"parent": str(options.model.start)} if parent else {}
+        info |= {} if options.method == "sft" else {"method": options.method}
         save_directory(model, data.tokenizer, out, **spoken(data, parent), info=info | {
             "data": [str(entry.folder) for entry in data.entries], "seed": options.seed, "steps": run.step,
             "tokens": run.tokens})
@@ -412,6 +366,15 @@ def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data,
             ema.swap()
     dist.barrier()
     return out
+
+
+def hang_up(options: TrainOptions, model: LM, folder: Path) -> None:
+    """Write the adapter alone, and merge it into the model that is saved whole."""
+    if model.value_head is None:
+        save_adapter(model, folder / "adapter", base=options.model.start, info={"seed": options.seed})
+        say(f"the adapter alone is in {folder / 'adapter'}")
+    unquantize(model)
+    merge(model, keep=False)
 
 
 def spoken(data: Data, parent: Loaded | None) -> dict[str, Any]:

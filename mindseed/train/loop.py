@@ -69,6 +69,11 @@ def fit(plan: Fit) -> dict[str, Any]:
                 values = train_step(run)
             except NonFinite as error:
                 raise UserError(stop_message(plan, error)) from None
+            except UserError as error:            # of the data, a reward, a rollout: what is learnt so far is kept
+                if not plan.checkpoints or run.step == 0 or plan.checkpoints.holds(run.step):
+                    raise
+                raise UserError(f"{error}\nWhat was learnt in {run.step} steps is saved in "
+                                f"{plan.checkpoints.save(run, plan.ema)}") from None
             spent = time.monotonic() - start
             values = speed(plan, values, spent) | {"elapsed_s": round(time.monotonic() - began, 3)}
             bar.update(run.step, values)
@@ -164,7 +169,8 @@ def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
     times = []
     for _ in range(trials + 1):
         start = time.monotonic()
-        batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
+        with torch.no_grad():
+            batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
         scale = 1 / torch.stack([run.objective.count(b) for b in batches]).sum().clamp_min(1)
         for i, batch in enumerate(batches):
             run.backend.forward_backward(batch, scale=scale, last=i == run.accumulate - 1)

@@ -59,11 +59,16 @@ class NativeBackend:
         return {"loss": total.detach(), **sums}
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Tensor:
-        """The summed loss alone, outside any wrapper; used to find out which row spoilt a batch."""
+    def judged(self, batch: Batch) -> dict[str, Tensor]:
+        """The summed loss and metrics, outside any wrapper and without gradients."""
         inner = self.scored.module if isinstance(self.scored, DistributedDataParallel) else self.scored
         with self.autocast():
-            return inner(batch)[0]
+            total, sums = inner(batch)
+        return {"loss": total, **sums}
+
+    def score(self, batch: Batch) -> Tensor:
+        """The summed loss alone; used to find out which row spoilt a batch."""
+        return self.judged(batch)["loss"]
 
     def step(self, lr: float) -> float:
         for optimizer in self.optimizers:

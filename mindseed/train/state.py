@@ -108,6 +108,10 @@ class Checkpoints:
         """All finished checkpoints, oldest first."""
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit())
 
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of this step."""
+        return any(path.name == f"step-{step:08d}" for path in self.found())
+
     def best_of_run(self) -> dict[str, Any] | None:
         """Which checkpoint is the best one, and its score."""
         path = self.folder / "best.json"

@@ -1,0 +1,321 @@
+"""The R1 pipeline, from a base model to a reasoner and its small student, stage by stage (DeepSeek-R1, 2501.12948).
+
+  mindseed r1 configs/r1-toy.toml                  over what `mindseed demo` has grown; goes on where it stopped
+  mindseed r1 configs/r1-toy.toml --zero           reinforcement learning straight on the base, as R1-Zero
+
+    cold start    the base is fine-tuned on some conversations with traces of thought, so that it thinks in a readable
+    form rl            rules reward right answers and that form; nobody shows it how to think rejection     what it
+    answers now: right and readable answers become lessons again         the base is fine-tuned anew, on those and on
+    general conversations rl again      rewards over all prompts student       a smaller model learns from the last
+    one's answers
+
+Every stage is graded on the held-out problems and stands in summary.json beside the length of its
+answers; the curves of each run are in the studio. A stage that is done is not done again.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mindseed.base.config import option, to_dict
+from mindseed.base.errors import UserError
+from mindseed.base.files import make_folder, read_json, write_json, write_text
+from mindseed.base.log import duration, notes, say, table
+from mindseed.data.readers import read_rows
+from mindseed.infer.engine import Engine, EngineConfig, Request
+from mindseed.infer.sample import Sampling
+from mindseed.interop.directory import Loaded, load_directory
+from mindseed.optim.groups import OptimConfig
+from mindseed.optim.schedule import ScheduleConfig
+from mindseed.recipes import rl, train
+from mindseed.recipes.machine import choose_device
+from mindseed.recipes.model_options import ModelOptions
+from mindseed.recipes.options import DataOptions, LoopOptions, ObjectiveOptions, TrainOptions
+from mindseed.recipes.rl_options import (Algorithm, PolicyOptions, PromptOptions, RewardOptions, RLLoop, RLOptions,
+                                         SamplingOptions, StartOptions)
+from mindseed.rl.prompts import Prompt, Prompts, read_prompts
+from mindseed.rl.rejection import Answer, sample_answers
+from mindseed.tasks.verify import grade, thought_first
+from mindseed.tokenizers.chat import normalise
+from mindseed.train.loop import Interrupted
+
+STAGES = ("cold-start", "rl", "rejection", "again", "rl-again", "student")
+SEEN = {"stage": str, "right": float, "thinks": float, "tokens": float, "seconds": float}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LessonOptions:
+    """A stage of fine-tuning."""
+
+    steps: int = option(100, help="optimiser steps")
+    batch: int = option(8, help="rows of a step")
+    lr: float = option(5e-3, help="peak learning rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceOptions:
+    """A stage of reinforcement learning."""
+
+    steps: int = option(120, help="optimiser steps")
+    lr: float = option(3e-4, help="learning rate")
+    algorithm: Algorithm = option("grpo", help="see mindseed rl --help")
+    prompts: int = option(32, help="prompts of a rollout")
+    answers: int = option(8, help="answers to each")
+    max_new: int = option(96, help="longest answer, in tokens")
+    format: float = option(0.5, help="weight of thinking in the right form, beside 1 for being right")
+    kl: float = option(0.0, help="weight of the divergence from the model that the stage begins with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class R1Data:
+    problems: tuple[str, ...] = option((), help="problems with checkable answers")
+    heldout: tuple[str, ...] = option((), help="problems to grade every stage on")
+    traces: tuple[str, ...] = option((), help="conversations with thoughts, for the cold start; others are skipped")
+    general: tuple[str, ...] = option((), help="conversations of all kinds, mixed in when fine-tuning again")
+    families: tuple[str, ...] = option((), help="the first reinforcement learning takes problems of these families "
+                                                "alone, those that need thought [all]")
+    trace_limit: int = option(2000, help="traces used, at most")
+    seq_len: int = option(384, help="tokens per row when fine-tuning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    out: str = option("runs/r1", help="folder of all stages")
+    base: str | None = option(None, help="the base model's directory", elsewhere=("model.start",))
+    zero: bool = option(False, help="no cold start: reinforcement learning on the base, and nothing else (R1-Zero)")
+    until: Literal["cold-start", "rl", "rejection", "again", "rl-again", "student"] = option(
+        "student", help="stop after this stage")
+    seed: int = option(0, help="seed of every stage")
+    device: str = option("auto", help="cpu, cuda, mps; auto: the GPU if there is one")
+    tag_weight: float = option(1.0, help="weight of the think and answer tags in the cold start's loss; above 1 the "
+                                         "form is learnt sooner")
+    samples: int = option(4, help="answers to each problem of which the right ones become lessons")
+    temperature: float = option(0.8, help="of these answers")
+    optimizer: Literal["adamw", "muon"] = option("muon", help="of the stages of fine-tuning")
+    data: R1Data = field(default_factory=R1Data)
+    cold: LessonOptions = field(default_factory=LessonOptions)
+    first: ReinforceOptions = field(default_factory=ReinforceOptions)
+    again: LessonOptions = field(default_factory=LessonOptions)
+    second: ReinforceOptions = field(default_factory=ReinforceOptions)
+    small: LessonOptions = field(default_factory=LessonOptions)
+    student: ModelOptions = field(default_factory=ModelOptions)
+
+
+def main(options: Options) -> int:
+    check(options)
+    pipeline = Pipeline(options, choose_device(options.device))
+    try:
+        pipeline.run()
+    except Interrupted as stop:
+        say(f"{stop}. Give the same command again to go on")
+        return 130
+    pipeline.show()
+    return 0
+
+
+def check(options: Options) -> None:
+    if not options.base:
+        raise UserError("which base model? --base DIRECTORY, for example runs/demo/pretrain/model")
+    needed = ["problems", "heldout"] + ([] if options.zero else ["traces", "general"])
+    if missing := [name for name in needed if not getattr(options.data, name)]:
+        raise UserError(f"data.{missing[0]} is empty: name files; configs/r1-toy.toml shows which")
+
+
+class Pipeline:
+    """The stages, and what each came to."""
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.options, self.device, self.folder = options, device, make_folder(options.out)
+        self.summary = self.folder / "summary.json"
+        kept = read_json(self.summary, {"stages": [SEEN], "options": dict}) if self.summary.exists() else None
+        now = {key: value for key, value in to_dict(options).items() if key not in ("out", "until", "device")}
+        now = json.loads(json.dumps(now))
+        if kept and kept["options"] != now:
+            other = next(key for key in now if kept["options"].get(key) != now[key])
+            raise UserError(f"{self.folder} holds a pipeline with other options ({other} differs); choose another "
+                            "--out")
+        self.seen, self.now = kept["stages"] if kept else [], now
+        self.heldout = read_prompts(options.data.heldout)
+
+    def run(self) -> None:
+        o = self.options
+        self.grade("base", Path(o.base))
+        if o.zero:
+            self.stage("rl", lambda: self.reinforce("rl", Path(o.base), o.first, list(o.data.problems)))
+            return
+        for name, make in (("cold-start", self.cold_start), ("rl", self.first_rl), ("rejection", self.reject),
+                           ("again", self.fine_tune_again), ("rl-again", self.second_rl), ("student", self.teach)):
+            self.stage(name, make)
+            if name == o.until:
+                return
+
+    def stage(self, name: str, make: Any) -> None:
+        """Run a stage unless an earlier call finished it, and grade what it made."""
+        done = self.folder / name / ("lessons.jsonl" if name == "rejection" else "model")
+        if not done.exists():
+            say(f"\n--- {name}")
+            make()
+        if name != "rejection":
+            self.grade(name, done)
+
+    # ------------------------------------------------------------------------------------------------------ the stages
+
+    def cold_start(self) -> None:
+        """Conversations with thoughts, few of them."""
+        traces = self.folder / "cold-start-traces.jsonl"
+        if not traces.exists():
+            write_rows(traces, thoughtful(self.options.data.traces, self.options.data.trace_limit))
+        objective = ObjectiveOptions(tag_weight=self.options.tag_weight)
+        self.fine_tune("cold-start", self.options.cold, (str(traces),), objective=objective)
+
+    def first_rl(self) -> None:
+        """Rewards for being right, and for thinking, on the problems that need thought."""
+        wanted, problems = set(self.options.data.families), self.options.data.problems
+        if wanted:
+            some = self.folder / "rl-problems.jsonl"
+            if not some.exists():
+                write_rows(some, [p.row for p in read_prompts(problems) if p.row.get("family") in wanted])
+            problems = (str(some),)
+        self.reinforce("rl", self.folder / "cold-start" / "model", self.options.first, list(problems))
+
+    def reject(self) -> None:
+        """What the model answers by now, kept where it is right and readable."""
+        loaded = self.load(self.folder / "rl" / "model")
+        o = self.options
+        rows = answers_to(loaded, read_prompts(o.data.problems), n=o.samples, seed=o.seed, temperature=o.temperature,
+                          max_new=o.first.max_new, keep=right)
+        if not rows:
+            raise UserError("the model of stage rl answered no problem right, so there is nothing to learn from; "
+                            "give it more steps (first.steps)")
+        make_folder(self.folder / "rejection")
+        write_rows(self.folder / "rejection" / "lessons.jsonl", rows)
+
+    def fine_tune_again(self) -> None:
+        lessons = (str(self.folder / "rejection" / "lessons.jsonl"), *self.options.data.general)
+        share = 1 / len(self.options.data.general) / 2
+        self.fine_tune("again", self.options.again, lessons, weights=(0.5, *[share] * len(self.options.data.general)))
+
+    def second_rl(self) -> None:
+        o = self.options
+        self.reinforce("rl-again", self.folder / "again" / "model", o.second, list(o.data.problems), form="task")
+
+    def teach(self) -> None:
+        """A smaller model learns from the last one's answers, and from general conversations."""
+        lessons = self.folder / "student-lessons.jsonl"
+        if not lessons.exists():
+            loaded = self.load(self.folder / "rl-again" / "model")
+            write_rows(lessons, answers_to(loaded, read_prompts(self.options.data.problems), n=self.options.samples,
+                                           seed=self.options.seed + 1, temperature=self.options.temperature, keep=right,
+                                           max_new=self.options.second.max_new))
+        model, tokenizer = self.options.student, None
+        if model.start is None:
+            tokenizer = str(self.options.base)
+        general = self.options.data.general
+        self.fine_tune("student", self.options.small, (str(lessons), *general), model=model, tokenizer=tokenizer,
+                       weights=(0.5, *[1 / len(general) / 2] * len(general)))
+
+    # ------------------------------------------------------------------------------------------------- what they share
+
+    def fine_tune(self, name: str, how: LessonOptions, files: tuple[str, ...], *, weights: tuple[float, ...] = (),
+                  model: ModelOptions | None = None, tokenizer: str | None = None,
+                  objective: ObjectiveOptions = ObjectiveOptions()) -> None:
+        o = self.options
+        train.train(TrainOptions(
+            out=str(self.folder / name), resume="auto", seed=o.seed, device=o.device,
+            model=model or ModelOptions(start=str(o.base)), objective=objective,
+            data=DataOptions(train=files, weights=weights, seq_len=o.data.seq_len, heldout=0.0, tokenizer=tokenizer),
+            optim=OptimConfig(kind=o.optimizer, lr=how.lr),
+            schedule=ScheduleConfig(kind="linear", warmup_steps=min(20, how.steps // 4), final=0.02),
+            loop=LoopOptions(steps=how.steps, batch=how.batch, sample_every=0, validate_every=0)), self.device)
+
+    def reinforce(self, name: str, start: Path, how: ReinforceOptions, files: list[str], *,
+                  form: str = "think") -> None:
+        o = self.options
+        rl.train(RLOptions(
+            out=str(self.folder / name), resume="auto", seed=o.seed, device=o.device, algorithm=how.algorithm,
+            model=StartOptions(start=str(start)),
+            data=PromptOptions(train=tuple(files), heldout=o.data.heldout, limit=60),
+            rollout=SamplingOptions(prompts=how.prompts, answers=how.answers, max_new=how.max_new),
+            reward=RewardOptions(accuracy=1.0, format=how.format, form=form), policy=PolicyOptions(kl=how.kl),
+            optim=OptimConfig(kind="adamw", lr=how.lr, weight_decay=0.0),
+            schedule=ScheduleConfig(kind="constant", warmup_steps=5), loop=RLLoop(steps=how.steps, micro_batch=64)),
+            self.device)
+
+    def load(self, folder: Path) -> Loaded:
+        return load_directory(folder, device=self.device)
+
+    def grade(self, name: str, folder: Path) -> None:
+        """The likeliest answers to the held-out problems: how many are right, how many think, how long they are."""
+        if any(seen["stage"] == name for seen in self.seen):
+            return
+        loaded = self.load(folder)
+        prompts = Prompts(self.heldout, loaded.tokenizer, seed=0, template=loaded.template,
+                          longest=loaded.model.config.seq_len - self.options.second.max_new)
+        engine = Engine.of(loaded, EngineConfig(max_seqs=64, max_queue=1 << 20))
+        answers = [c for c, in engine.generate([Request(prompt=ids, max_new=self.options.second.max_new,
+                                                        sampling=Sampling(temperature=0.0)) for ids in prompts.ids])]
+        right = [grade(p.row, c.text)["score"] for p, c in zip(prompts.prompts, answers)]
+        log = self.folder / name / "log.jsonl"
+        spent = sum(json.loads(line).get("elapsed_s", 0) for line in log.read_text().splitlines()[-1:]) if (
+            log.exists()) else 0.0
+        self.seen.append({"stage": name, "right": 100 * float(np.mean(right)), "seconds": float(spent),
+                          "thinks": 100 * float(np.mean([thought_first(c.text) for c in answers])),
+                          "tokens": float(np.mean([len(c.ids) for c in answers]))})
+        write_json(self.summary, {"stages": self.seen, "options": self.now})
+        seen = self.seen[-1]
+        say(f"{name}: {seen['right']:.1f}% right, {seen['thinks']:.0f}% think first, {seen['tokens']:.0f} tokens")
+
+    def show(self) -> None:
+        table("held-out problems", ["stage", "right", "think first", "tokens an answer", "time"],
+              [[s["stage"], f"{s['right']:.1f}%", f"{s['thinks']:.0f}%", f"{s['tokens']:.0f}", duration(s["seconds"])]
+               for s in self.seen])
+        say(f"\nThe figures are in {self.summary}. Talk to the last one:\n\n    mindseed chat "
+            f"{self.folder / self.seen[-1]['stage'] / 'model'}\n")
+
+
+# ------------------------------------------------------------------------------------------------------ rows of lessons
+
+def thoughtful(paths: tuple[str, ...], most: int) -> list[dict]:
+    """Conversations whose last turn has thoughts, from the beginning of the files."""
+    found = []
+    for row in read_rows(paths):
+        messages, _ = normalise(row.row)
+        if messages and messages[-1]["role"] == "assistant" and messages[-1].get("reasoning_content"):
+            found.append(row.row)
+            if len(found) == most:
+                break
+    if not found:
+        raise UserError(f"{', '.join(paths)} hold no conversation with thoughts (reasoning_content, or <think> in the "
+                        "content), from which the cold start could learn")
+    return found
+
+
+def right(prompt: Prompt, answer: Answer) -> bool:
+    return grade(prompt.row, answer.text)["score"] == 1.0
+
+
+def answers_to(loaded: Loaded, prompts: list[Prompt], *, n: int, seed: int, temperature: float, max_new: int,
+               keep: Any) -> list[dict]:
+    """Rows of conversations: the answers that are kept, at most one of the same wording to a prompt."""
+    engine = Engine.of(loaded, EngineConfig(max_seqs=64, max_queue=1 << 20))
+    rows, asked = [], 0
+    with notes.status("sampling answers"):
+        for sampled in sample_answers(engine, prompts, n=n, keep=keep, max_new=max_new, template=loaded.template,
+                                      sampling=Sampling(temperature=temperature, seed=seed)):
+            asked += 1
+            rows += [with_tools(sampled.prompt, answer) for answer in sampled.answers]
+    say(f"{len(rows):,} of {asked * n:,} answers are kept")
+    return rows
+
+
+def with_tools(prompt: Prompt, answer: Answer) -> dict:
+    return {"messages": answer.messages} | ({"tools": prompt.tools} if prompt.tools else {})
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

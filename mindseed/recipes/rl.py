@@ -1,0 +1,276 @@
+"""Reinforcement learning: the model answers, rewards judge, better answers become likelier.
+
+  mindseed rl --model.start runs/demo/fine-tune/model --data.train runs/demo/world/problems.jsonl
+  mindseed rl runs/chat/model --data.train gsm8k.jsonl --algorithm dapo --reward.form think-answer
+  mindseed rl runs/chat/model --data.train problems.jsonl --algorithm ppo --policy.kl 0.05 --policy.kl_in reward
+  mindseed rl runs/chat/model --data.train problems.jsonl --reward.function my_rewards.py:polite
+  mindseed rl configs/grpo.toml --resume auto                        a preset; goes on where it stopped
+
+Rows are problems ("question" or "messages", and "answer"), code with "tests", JSON with a "schema", or conversations
+whose last answer is left out. Every term of the reward is logged by itself, so that it shows when one is gamed.
+"""
+from __future__ import annotations
+
+import copy
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.base.hardware import peak
+from mindseed.base.log import check_sinks, say, table, warn
+from mindseed.data.shuffle import key_of, shuffled
+from mindseed.infer.engine import Engine, EngineConfig, Request
+from mindseed.infer.generate import evaluating
+from mindseed.infer.sample import Sampling
+from mindseed.interop.directory import Loaded, load_directory, save_directory
+from mindseed.models.config import config_to_dict
+from mindseed.models.describe import describe
+from mindseed.models.heads import add_value_head, score
+from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
+from mindseed.optim.schedule import learning_rate
+from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
+from mindseed.recipes.rl_options import RLOptions, advantage_of, derive, objective_of
+from mindseed.recipes.run_folder import alone, claim, open_run, options_of_run, say_changes
+from mindseed.rl import reward as terms
+from mindseed.rl.critic import ActorCritic, critic_of
+from mindseed.rl.env import OPENED, Play, SingleTurn, ToolUse
+from mindseed.rl.prompts import Prompt, Prompts, read_prompts
+from mindseed.rl.reward import Judge, Sample
+from mindseed.rl.rollout import Rollout, RolloutConfig
+from mindseed.rl.trajectory import Trajectory
+from mindseed.tasks.tools import TOOLS
+from mindseed.train.balance import Balance
+from mindseed.train.loop import Fit, Hook, Interrupted, fit
+from mindseed.train.native import NativeBackend
+from mindseed.train.state import Checkpoints, restore
+from mindseed.train.step import Run
+
+Options = RLOptions
+
+
+def main(options: RLOptions) -> int:
+    device = choose_device(options.device)
+    with dist.process_group(device):
+        try:
+            folder = train(options, device)
+        except Interrupted as stop:
+            if dist.is_main():
+                say(f"{stop}. Give the same command with --resume to go on")
+            return 130
+        if dist.is_main():
+            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {shlex.quote(str(folder))}\n")
+    return 0
+
+
+def train(options: RLOptions, device: torch.device) -> Path:
+    """The whole run; returns the model directory. Raises Interrupted when it was asked to stop."""
+    claimed = claim(options, Path(options.out))
+    with alone(Path(options.out)):
+        return train_in(Path(options.out), claimed, options, device)
+
+
+def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: torch.device) -> Path:
+    check_early(options)
+    options = derive(options)
+    options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
+    loaded = load_directory(options.model.start, device=device)
+    model, policy = open_models(options, loaded, device)
+    prompts, heldout = open_prompts(options, loaded)
+    say_what(options, loaded, prompts, heldout)
+
+    objective = objective_of(options)
+    groups = parameter_groups(model, options.optim)
+    backend = NativeBackend(model, objective, build_optimizers(groups, options.optim), precision=options.loop.precision,
+                            max_norm=options.optim.max_norm)
+    policy.recompute = options.loop.recompute
+    rollout = options.rollout
+    engine = Engine(policy, loaded.tokenizer, EngineConfig(max_seqs=64, max_queue=1 << 20),
+                    stop_ids=loaded.stop_ids or None)
+    answers = rollout.prompts * rollout.answers // rollout.minibatches        # of a step, over all ranks
+    source = Rollout(
+        policy=policy, engine=engine, prompts=prompts, judge=judge_of(options, loaded, prompts.tail(), device),
+        env=ToolUse(tools=TOOLS) if options.data.tools else SingleTurn(),
+        play=Play(answers=rollout.answers, max_new=rollout.max_new, temperature=rollout.temperature,
+                  turns=rollout.turns),
+        config=RolloutConfig(prompts=rollout.prompts, epochs=rollout.epochs, minibatches=rollout.minibatches,
+                             dynamic=rollout.dynamic, drop_cut=rollout.drop_cut, patience=rollout.patience),
+        advantage=advantage_of(options), device=device, seed=options.seed,
+        accumulate=max(1, -(-answers // (options.loop.micro_batch * dist.world_size()))),
+        reference=reference_of(options, policy, device), critic=model if model is not policy else None)
+    run = Run(source, objective, backend, schedule=learning_rate(options.schedule, peak=options.optim.lr,
+                                                                 steps=options.loop.steps),
+              device=device, accumulate=source.accumulate, balance=Balance(policy), after_step=[source.report])
+    checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
+        "model": config_to_dict(policy.config), "tokenizer": loaded.tokenizer.hash(), "algorithm": options.algorithm,
+        "optim.kind": options.optim.kind})
+    resumed = None
+    if options.resume != "never" and (newest := checkpoints.newest()) is not None:
+        resumed, saved = newest
+        restore(run, None, saved)
+    else:
+        torch.manual_seed(options.seed + 1_000_003 * dist.rank())
+    if dist.is_main():
+        table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
+              [list(row) for row in group_table(groups)])
+        if resumed:
+            say_changes(options, run_folder, run.step)
+        say(f"going on from {resumed}" if resumed else f"writing to {run_folder}")
+    fit(Fit(run=run, steps=options.loop.steps, checkpoints=checkpoints, save_every=options.loop.save_every,
+            hooks=[Hook(every=options.loop.validate_every, call=measure(options, engine, heldout, source.judge),
+                        before_first=True),
+                   Hook(every=options.loop.sample_every, call=lambda step: shown(source.samples))],
+            sinks=open_run(options, given, resumed) if dist.is_main() else [], score="heldout/error",
+            peak_flops=dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops))
+    return finish(options, loaded, policy, run, run_folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+def check_early(options: RLOptions) -> None:
+    """What would fail later fails now."""
+    check_sinks(options.trackers)
+    if not options.model.start:
+        raise UserError("which model? mindseed rl DIRECTORY --data.train FILE, for example "
+                        "mindseed rl runs/demo/fine-tune/model --data.train runs/demo/world/problems.jsonl")
+    if not options.data.train:
+        raise UserError("data.train is empty: name files of problems, e.g. --data.train runs/demo/world/problems.jsonl")
+    if Path(options.model.start).resolve() == (Path(options.out) / "model").resolve():
+        raise UserError(f"{options.model.start} would be written over by the model of this run; choose another --out")
+    if bool(options.reward.model) != bool(options.model.reward):
+        raise UserError("reward.model is the weight of the reward model, and model.reward names its directory: give "
+                        "both or none of them")
+    if options.reward.function:
+        terms.load(options.reward.function)
+
+
+def open_models(options: RLOptions, loaded: Loaded, device: torch.device) -> tuple[torch.nn.Module, Any]:
+    """(what learns, the policy in it): they are the same unless the critic is a model of its own."""
+    policy = loaded.model
+    if policy.value_head is not None:
+        policy.value_head = None                  # a reward model's; as a policy it needs none
+    if options.algorithm != "ppo":
+        return policy.train(), policy
+    if options.model.critic == "head":
+        add_value_head(policy, seed=options.seed)
+        return policy.train(), policy
+    return ActorCritic(policy, critic_of(policy, seed=options.seed).to(device)).train(), policy
+
+
+def reference_of(options: RLOptions, policy: Any, device: torch.device):
+    """A frozen copy of what the run began with, or another model; None if nothing asks for it."""
+    if not options.policy.kl:
+        return None
+    if options.model.reference or options.resume != "never":
+        reference = load_directory(options.model.reference or options.model.start, device=device).model
+    else:
+        reference = copy.deepcopy(policy)
+    reference.value_head = None
+    return reference.eval().requires_grad_(False)
+
+
+def open_prompts(options: RLOptions, loaded: Loaded) -> tuple[Prompts, Prompts | None]:
+    """What is learnt from, and what is measured on."""
+    data, seq_len = options.data, loaded.model.config.seq_len
+    rows = read_prompts(data.train, system=data.system)
+    if data.heldout:
+        heldout = read_prompts(data.heldout, system=data.system)
+    else:
+        order = shuffled(np.arange(len(rows)), len(rows), key_of(options.seed, 8))
+        apart = {int(i) for i in order[:round(data.share * len(rows))]} if len(rows) > 1 else set()
+        rows, heldout = [r for i, r in enumerate(rows) if i not in apart], [r for i, r in enumerate(rows) if i in apart]
+    thinking = {"auto": None, "on": True, "off": False}[data.thinking]
+
+    def encoded(some: list[Prompt]) -> Prompts:
+        return Prompts(some, loaded.tokenizer, seed=options.seed, template=loaded.template, thinking=thinking,
+                       longest=seq_len - options.rollout.max_new)
+
+    return encoded(rows), encoded(heldout[:data.limit]) if heldout else None
+
+
+def judge_of(options: RLOptions, loaded: Loaded, tail: list[int], device: torch.device) -> Judge:
+    """The terms that have a weight. `tail` is what follows the end of a turn in a conversation as it is written out: a
+    reward model has learnt to judge whole ones."""
+    r, kind = options.reward, None if options.reward.task == "auto" else options.reward.task
+    found = [terms.accuracy(r.accuracy, kind)] if r.accuracy else []
+    if r.format:
+        found.append(terms.task_format(r.format, kind) if r.form == "task" else
+                     terms.thinking_format(r.format, tagged=r.form == "think-answer"))
+    found += [terms.length(r.length, longest=options.rollout.max_new * options.rollout.turns)] if r.length else []
+    found += [terms.repetition(r.repetition)] if r.repetition else []
+    found += [terms.used_result(r.result)] if r.result else []
+    if r.model:
+        judge = load_directory(options.model.reward, device=device)
+        if judge.model.value_head is None:
+            raise UserError(f"{options.model.reward} is no reward model: it has no value head; train one with "
+                            "`mindseed train --method reward`")
+        if judge.tokenizer.hash() != loaded.tokenizer.hash():
+            raise UserError(f"{options.model.reward} has another tokenizer than {options.model.start}, so it would "
+                            "read other texts than those that were said")
+        found.append(terms.model(r.model, lambda documents: score(
+            judge.model, [[*ids, *tail] if ids[-1] in loaded.stop_ids else ids for ids in documents])))
+    if r.function:
+        found.append(terms.function(r.function_weight, r.function, timeout_s=r.timeout_s))
+    return Judge(found)
+
+
+def measure(options: RLOptions, engine: Engine, prompts: Prompts | None, judge: Judge):
+    """A hook: the likeliest answers to the prompts set apart, judged."""
+    def call(step: int) -> dict[str, Any]:
+        if prompts is None:
+            return {}
+        mine = range(dist.rank(), len(prompts), dist.world_size())
+        engine.update_weights(engine.model)
+        with evaluating(engine.model):
+            answers = engine.generate([Request(prompt=prompts.ids[i], max_new=options.rollout.max_new,
+                                               sampling=Sampling(temperature=0.0)) for i in mine])
+        samples = [Sample(prompt=prompts.prompts[i], texts=[(OPENED if prompts.thinking else "") + completion.text],
+                          trajectory=Trajectory(ids=[*prompts.ids[i], *completion.ids], finish=completion.finish,
+                                                mine=[False] * len(prompts.ids[i]) + [True] * len(completion.ids)))
+                   for i, (completion,) in zip(mine, answers)]
+        judge(samples)
+        found = [t for part in dist.gather([s.trajectory.terms | {"reward": s.trajectory.reward} for s in samples])
+                 for t in part]
+        means = {f"heldout/{name}": float(np.mean([t[name] for t in found])) for name in found[0]}
+        return means | {"heldout/error": -means["heldout/reward"]}
+
+    return call
+
+
+def shown(samples: list[Sample]) -> dict[str, str]:
+    """Two answers of the last rollout with their rewards, to look at."""
+    picked = sorted(samples, key=lambda s: s.trajectory.reward)[::max(1, len(samples) - 1)][:2]
+    return {f"sample {i + 1}": f"{s.prompt.messages[-1]['content']} >>> {s.text}  [" + ", ".join(
+        f"{name} {value:g}" for name, value in s.trajectory.terms.items()) + "]" for i, s in enumerate(picked)}
+
+
+def say_what(options: RLOptions, loaded: Loaded, prompts: Prompts, heldout: Prompts | None) -> None:
+    if not dist.is_main():
+        return
+    r, p = options.rollout, options.policy
+    say(f"model      {options.model.start}: {describe(loaded.model.config)}")
+    say(f"prompts    {len(prompts):,} to learn from, {len(heldout or ()):,} to measure on")
+    say(f"rollout    {r.prompts} prompts x {r.answers} answers of up to {r.max_new} tokens at temperature "
+        f"{r.temperature:g}, learnt from {r.epochs} time(s) in {r.minibatches} step(s)")
+    say(f"objective  {options.algorithm}: ratio of {p.level}, clipped to 1 - {p.clip_low:g} .. 1 + {p.clip_high:g}, "
+        f"averaged over {p.average}" + (f", divergence x {p.kl:g} in the {p.kl_in}" if p.kl else ""))
+    task = options.reward.task
+    if task == "code" or task == "auto" and any("tests" in prompt.row for prompt in prompts.prompts):
+        warn("code that the model writes will be run, in a limited process of its own, but as this user")
+
+
+def finish(options: RLOptions, loaded: Loaded, policy: Any, run: Run, folder: Path) -> Path:
+    out = folder / "model"
+    if dist.is_main():
+        policy.eval()
+        policy.value_head = None                  # the critic's, of no use to whoever talks to the policy
+        save_directory(policy, loaded.tokenizer, out, **loaded.kept, info={
+            "parent": str(options.model.start), "data": list(options.data.train), "seed": options.seed,
+            "steps": run.step, "algorithm": options.algorithm})
+    dist.barrier()
+    return out

@@ -1,0 +1,113 @@
+"""What the policy is asked: rows of problems or conversations, in an order that is a function of (seed, number).
+
+A row may be a problem of the embedded world or of GSM8K ("messages" or "question", and "answer"), code with "tests",
+JSON with a "schema", or a conversation, of which everything before the last turn of the assistant is the prompt (as in
+MiniMind's rlaif files, whose last turn is empty). What else is in a row stays with it, for the reward.
+"""
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+
+from mindseed.base.errors import UserError
+from mindseed.base.log import warn
+from mindseed.core import Tokenizer
+from mindseed.data.formats import BadRow, check, parse, payloads
+from mindseed.data.readers import expand
+from mindseed.data.shuffle import key_of, shuffled
+from mindseed.tokenizers.chat import encode_chat, normalise
+from mindseed.tokenizers.template import Template
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    messages: list[dict]
+    tools: Any = None
+    row: dict = field(default_factory=dict)
+    name: str = ""                                # file:line
+
+
+def prompt_of(row: dict, name: str = "", system: str = "") -> Prompt:
+    """UserError, naming the row, for what is no prompt."""
+    if "question" in row and not ({"messages", "conversations"} & row.keys()):
+        given = {"messages": [{"role": "user", "content": row["question"]}]}
+    elif isinstance(row.get("prompt"), str):
+        given = {"messages": [{"role": "user", "content": row["prompt"]}]}
+    else:
+        given = {"messages": row["prompt"]} if isinstance(row.get("prompt"), list) else row
+    try:
+        messages, tools = normalise({k: v for k, v in given.items() if k in ("messages", "conversations", "tools")})
+    except (UserError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name}: not a prompt: {error}") from None
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(f"{name}: a prompt needs a turn of the user that is to be answered")
+    if system:
+        messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+    return Prompt(messages=messages, tools=tools, row=row, name=name)
+
+
+def read_prompts(paths: Iterable[str], *, system: str = "") -> list[Prompt]:
+    """All prompts of some files. Rows that are none are named and left out; UserError if nothing is left."""
+    bad: list[str] = []
+    prompts = []
+    for path in expand(paths):
+        check(path)
+        for line, payload in payloads(path):
+            try:
+                prompts.append(prompt_of(parse(path, payload), f"{path}:{line}", system))
+            except (UserError, BadRow) as error:
+                bad.append(str(error) if isinstance(error, UserError) else f"{path}:{line}: {error}")
+    if not prompts:
+        raise UserError("no prompt was found" + (f"; the first row that is none: {bad[0]}" if bad else ""))
+    if bad:
+        warn(f"{len(bad)} rows are no prompts and are left out, the first: {bad[0]}")
+    return prompts
+
+
+class Prompts:
+    """Prompt number i of an endless stream, each epoch in an order of its own; with its ids."""
+
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, seed: int, template: Template | None = None,
+                 thinking: bool | None = None, longest: int | None = None) -> None:
+        self.tokenizer, self.template, self.thinking, self.seed = tokenizer, template, thinking, seed
+        ids = [self.encode(p.messages, p.tools) for p in prompts]
+        kept = [i for i, one in enumerate(ids) if longest is None or len(one) <= longest]
+        if not kept:
+            raise UserError(f"every prompt is longer than {longest} tokens, which is what the model's context leaves "
+                            "beside an answer; lower rollout.max_new, or take shorter prompts")
+        if len(kept) < len(ids):
+            warn(f"{len(ids) - len(kept)} of {len(ids)} prompts are longer than {longest} tokens and are left out")
+        self.prompts, self.ids = [prompts[i] for i in kept], [ids[i] for i in kept]
+
+    def encode(self, messages: list[dict], tools: Any) -> list[int]:
+        """The ids up to where the assistant begins."""
+        return encode_chat(self.tokenizer, messages, tools=tools, generation_prompt=True, thinking=self.thinking,
+                           template=self.template)[0]
+
+    def rendered(self, messages: list[dict], tools: Any) -> list[int]:
+        """The ids of finished turns."""
+        return encode_chat(self.tokenizer, messages, tools=tools, template=self.template)[0]
+
+    def tail(self) -> list[int]:
+        """The ids that follow the end of a turn of the assistant where a conversation is written out."""
+        turns = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": y}] for y in ("x", "y")]
+        a, b = (self.rendered(messages, None) for messages in turns)
+        last = next(i for i in range(1, len(a) + 1) if a[-i] != b[-i])            # of the end that both share
+        return a[len(a) - last + 2:]              # after the token that ends the turn
+
+    def digest(self) -> str:
+        """What the prompts are, in short: resuming on others is refused."""
+        return hashlib.blake2b(repr(self.ids).encode(), digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def at(self, number: int) -> tuple[Prompt, list[int]]:
+        epoch, place = divmod(number, len(self.prompts))
+        i = int(shuffled(np.array([place]), len(self.prompts), key_of(self.seed, 5, epoch))[0])
+        return self.prompts[i], self.ids[i]

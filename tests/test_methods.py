@@ -1,0 +1,160 @@
+"""`mindseed train --method ...` from the command line: every method learns, goes on to the bit, says what
+is wrong."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindseed.adapt.peft import load_adapter
+from mindseed.data.toy import World
+from mindseed.interop.directory import load_directory, save_directory
+from mindseed.models.lm import build
+from mindseed.models.presets import Shape
+from mindseed.tokenizers import bpe_train
+from tests.test_runs import finish, kill_after, mindseed
+
+SMALL = {"loop.batch": 4, "loop.micro_batch": 2, "data.seq_len": 256, "loop.validate_every": 4, "loop.sample_every": 0,
+         "loop.save_every": 1, "optim.lr": 3e-3, "optim.kind": "adamw", "data.heldout": 0.2}
+METHODS = {
+    "sft": {"data.train": "chats.jsonl"}, "dpo": {"data.train": "pairs.jsonl"},
+    "simpo": {"method": "dpo", "dpo.kind": "simpo", "data.train": "pairs.jsonl"},
+    "dpo, live": {"method": "dpo", "dpo.reference_logps": "live", "data.train": "pairs.jsonl"},
+    "kto": {"data.train": "judged.jsonl", "loop.micro_batch": 4}, "kto of pairs": {
+        "method": "kto", "data.train": "pairs.jsonl", "loop.micro_batch": 4},
+    "reward": {"data.train": "pairs.jsonl"}, "process-reward": {"data.train": "steps.jsonl"},
+    "distill": {"data.train": "chats.jsonl", "distill.teacher": "teacher"},
+    "distill within": {"method": "distill", "data.train": "chats.jsonl", "distill.teacher": "teacher",
+                       "distill.states": 0.1, "distill.relations": 0.1},
+    "distill on-policy": {"method": "distill", "data.train": "chats.jsonl", "distill.teacher": "teacher",
+                          "distill.on_policy": 0.5, "distill.max_new": 8, "distill.distance": "jsd"},
+    "dpo of an adapter": {"method": "dpo", "data.train": "pairs.jsonl", "lora.rank": 2},
+    "adapter": {"method": "sft", "data.train": "chats.jsonl", "lora.rank": 4},
+    "adapter in 4 bits": {"method": "sft", "data.train": "chats.jsonl", "lora.rank": 4, "lora.nf4": "true"}}
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """A model, a teacher twice as wide, one of another vocabulary, and a file of every kind."""
+    folder = tmp_path_factory.mktemp("methods")
+    world = World(7)
+    rows = {"chats": list(world.conversations(60)), "pairs": list(world.preferences(60))}
+    rows["judged"] = [{"prompt": row["chosen"][:-1], "completion": row[side][-1:], "label": side == "chosen"}
+                      for row in rows["pairs"] for side in ("chosen", "rejected") if len(row["chosen"]) == 2]
+    rows["steps"] = [{"prompt": f"What is {i}+2+3?", "steps": [f"{i}+2={i + 2}", f"{i + 2}+3={i + 5 + i % 2}"],
+                      "labels": [True, i % 2 == 0]} for i in range(40)]
+    for name, some in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
+    texts = [json.dumps(row, ensure_ascii=False) for some in rows.values() for row in some]
+    for name, size, dim in (("model", 400, 32), ("teacher", 400, 64), ("stranger", 420, 32)):
+        tokenizer = bpe_train.train(iter(texts), vocab_size=size)
+        shape = Shape(layers=2, dim=dim, heads=dim // 16, kv_heads=1, head_dim=16, ffn_dim=48)
+        model = build(shape.lm_config(vocab_size=tokenizer.vocab_size, seq_len=512), seed=dim)
+        save_directory(model, tokenizer, folder / name)
+    return folder
+
+
+def command(place: Path, run: Path, name: str, *flags: str, steps: int = 8, ranks: int = 1,
+            **more: object) -> list[str]:
+    given = METHODS[name] | {key.replace("__", "."): value for key, value in more.items()}
+    options = {"method": name.split(",")[0], "model.start": place / "model", "out": run, "loop.steps": steps, **SMALL,
+               **given}
+    for key in ("data.train", "distill.teacher"):
+        if key in options and "/" not in str(options[key]):
+            options[key] = place / options[key]
+    words = [word for key, value in options.items()
+             for word in ((f"--{key}", value) if value != "true" else (f"--{key}",))]
+    return mindseed("train", *words, *flags, ranks=ranks)
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path, *names: str) -> list[tuple]:
+    return [tuple(row.get(name) for name in ("step", "loss", "grad_norm", "heldout/loss", *names)) for row in log(run)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_leaves_a_model(place, tmp_path, name):
+    said = finish(command(place, tmp_path / "run", name, steps=24))
+    score = "bits_per_byte" if METHODS[name].get("method", name) == "sft" else "heldout/loss"
+    scores = [row[score] for row in log(tmp_path / "run") if score in row]
+    assert min(scores[1:]) < scores[0], said
+    loaded = load_directory(tmp_path / "run" / "model")
+    assert (loaded.model.value_head is not None) == (METHODS[name].get("method", name) in ("reward", "process-reward"))
+    x = torch.tensor([[1, 2, 3]])
+    assert torch.isfinite(loaded.model(x, torch.arange(3)[None]).logits()).all()
+    if "reward" in name:
+        assert max(row["heldout/accuracy"] for row in log(tmp_path / "run") if "heldout/accuracy" in row) > 0.5
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "reward", "distill within", "distill on-policy",
+                                  "adapter in 4 bits", "dpo of an adapter"])
+def test_killed_and_resumed_equals_uninterrupted(place, tmp_path, name):
+    finish(command(place, tmp_path / "whole", name))
+    assert kill_after(command(place, tmp_path / "parts", name), tmp_path / "parts", 4) != 0
+    assert "going on from" in finish(command(place, tmp_path / "parts", name, "--resume"))
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert (tmp_path / "parts/model/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_two_ranks_do_what_one_does(place, tmp_path, name):
+    for ranks in (1, 2):
+        micro = {"loop__micro_batch": 4 // ranks}
+        finish(command(place, tmp_path / str(ranks), name, ranks=ranks, steps=3, **micro))
+    for one, two in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
+        assert [x or 0 for x in one] == pytest.approx([x or 0 for x in two], rel=2e-3, abs=1e-5)
+
+
+def test_the_adapter_alone_and_the_merged_model_are_the_same(place, tmp_path):
+    said = finish(command(place, tmp_path / "run", "adapter"))
+    assert "adapter alone is in" in said
+    base, merged = load_directory(place / "model").model, load_directory(tmp_path / "run" / "model").model
+    load_adapter(base, tmp_path / "run" / "adapter")
+    x = torch.randint(0, 400, (2, 9))
+    at = torch.arange(9).expand(2, 9)
+    assert torch.allclose(base.eval()(x, at).logits(), merged(x, at).logits(), atol=1e-4)
+
+
+def test_the_reference_is_asked_once_or_live_for_the_same_losses(place, tmp_path):
+    for name in ("dpo", "dpo, live"):
+        finish(command(place, tmp_path / name, name))
+    for once, live in zip(curve(tmp_path / "dpo"), curve(tmp_path / "dpo, live"), strict=True):
+        assert [x or 0 for x in once] == pytest.approx([x or 0 for x in live], rel=1e-3, abs=1e-5)
+    assert list((tmp_path / "dpo" / "data").glob("reference-*.npy"))
+
+
+@pytest.mark.parametrize("name, more, says", [
+    ("sft", {"data__train": "pairs.jsonl"}, "--method dpo or reward or kto does"),
+    ("dpo", {"data__train": "chats.jsonl"}, "which --method dpo does not train on"),
+    ("distill", {"distill__teacher": "stranger"}, "another vocabulary"),
+    ("distill", {"distill__teacher": "nowhere"}, "nowhere"),
+    ("adapter", {"lora__targets": "q_proj"}, "q_proj"),
+    ("kto", {"loop__micro_batch": 2}, "cannot be accumulated"),
+    ("dpo", {"dpo__beta": 0}, "beta=0"),
+    ("sft", {"lora__nf4": "true"}, "give lora.rank as well")])
+def test_what_users_do_wrong(place, tmp_path, name, more, says):
+    assert says in finish(command(place, tmp_path / "run", name, **more), code=2)
+
+
+def test_pairs_that_teach_nothing_are_named(place, tmp_path):
+    good = (place / "pairs.jsonl").read_text().splitlines()
+    ask, say = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    bad = [{"chosen": [ask, say], "rejected": [ask, say]},
+           {"chosen": [ask, say], "rejected": [ask | {"content": "c"}, say | {"content": "d"}]},
+           {"chosen": [ask, say], "rejected": [ask, say | {"content": ""}]}]
+    file = tmp_path / "some.jsonl"
+    file.write_text("\n".join([*good, *map(json.dumps, bad)]))
+    said = finish(command(place, tmp_path / "run", "dpo", data__train=file, data__max_skipped=0), code=2)
+    assert all(f"some.jsonl:{len(good) + i}" in said for i in (1, 2, 3))
+    assert all(word in said for word in ("are the same", "no prompt in common", "is empty")), said
+
+
+def test_options_of_another_method_are_told_to_be_idle(place, tmp_path):
+    said = finish(command(place, tmp_path / "run", "sft", steps=1, dpo__beta=0.2))
+    assert "dpo.beta has no effect: --method is sft" in said

@@ -1,0 +1,119 @@
+"""`mindseed rl` from the command line: killed and resumed, on two ranks, with tools, with what users do wrong."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mindseed.data.toy import World
+from mindseed.interop.directory import load_directory, save_directory
+from mindseed.models.lm import build
+from mindseed.models.presets import Shape
+from mindseed.tokenizers import bpe_train
+from tests.test_runs import finish, kill_after, mindseed
+
+REWARD = "def vowels(row, answer):\n    return sum(c in 'aeiou' for c in answer) / 10\n"
+SMALL = {"rollout.prompts": 4, "rollout.answers": 4, "rollout.max_new": 8, "loop.micro_batch": 4, "loop.save_every": 1,
+         "loop.validate_every": 4, "loop.sample_every": 0, "optim.lr": 1e-3, "reward.accuracy": 0, "reward.format": 0}
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory) -> Path:
+    """A model directory of random weights, problems, and a reward that random answers differ in."""
+    folder = tmp_path_factory.mktemp("rl")
+    world = World(5)
+    texts = (json.dumps(row, ensure_ascii=False) for row in [*world.pretrain(200), *world.conversations(200)])
+    tokenizer = bpe_train.train(texts, vocab_size=400)
+    shape = Shape(layers=2, dim=32, heads=2, kv_heads=1, head_dim=16, ffn_dim=48)
+    model = build(shape.lm_config(vocab_size=tokenizer.vocab_size, seq_len=512), seed=1)
+    save_directory(model, tokenizer, folder / "model")
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.problems(60)))
+    (folder / "mine.py").write_text(REWARD)
+    return folder
+
+
+def rl(start: Path, run: Path, *flags: str, ranks: int = 1, steps: int = 8, **more: object) -> list[str]:
+    """The command; `more` are options over the usual ones, `__` for a dot."""
+    options = {"data.train": start / "problems.jsonl", "out": run, "loop.steps": steps,
+               "reward.function": f"{start / 'mine.py'}:vowels", **SMALL,
+               **{name.replace("__", "."): value for name, value in more.items()}}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return mindseed("rl", start / "model", *words, *flags, ranks=ranks)
+
+
+def figures(run: Path, *names: str) -> list[tuple]:
+    return [tuple(row.get(name) for name in ("step", *names)) for row in map(
+        json.loads, (run / "log.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("algorithm, ranks", [("ppo", 1), ("grpo", 2)])
+def test_killed_and_resumed_equals_uninterrupted(start, tmp_path, algorithm, ranks):
+    more = {"algorithm": algorithm, "rollout__minibatches": 3, "policy__kl": 0.05, "policy__kl_in": "reward",
+            "ranks": ranks}
+    finish(rl(start, tmp_path / "whole", **more))
+    assert kill_after(rl(start, tmp_path / "parts", **more), tmp_path / "parts", 4) != 0
+    assert "going on from" in finish(rl(start, tmp_path / "parts", "--resume", **more))
+    names = ("loss", "grad_norm", "reward", "length", "heldout/vowels", "kl_answer")
+    assert figures(tmp_path / "parts", *names) == figures(tmp_path / "whole", *names)
+    assert (tmp_path / "parts/model/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_two_ranks_do_what_one_does(start, tmp_path, algorithm):
+    for ranks in (1, 2):
+        finish(rl(start, tmp_path / str(ranks), ranks=ranks, steps=4, algorithm=algorithm, rollout__prompts=5))
+    names = ("loss", "grad_norm", "reward", "length", "heldout/vowels", "supervised")
+    for one, two in zip(figures(tmp_path / "1", *names), figures(tmp_path / "2", *names), strict=True):
+        assert [x or 0 for x in one] == pytest.approx([x or 0 for x in two], rel=2e-3, abs=1e-5)
+
+
+def test_the_model_of_a_run_is_a_model_directory_and_rewards_rise(start, tmp_path):
+    said = finish(rl(start, tmp_path / "run", loop__validate_every=0, optim__kind="adamw", steps=40, optim__lr=5e-3,
+                    rollout__answers=8, loop__micro_batch=16, loop__save_every=0))
+    assert "engine_gap" in said and " reward " in said
+    rewards = [r for _, r in figures(tmp_path / "run", "reward/vowels") if r is not None]
+    assert sum(rewards[-4:]) > 1.3 * sum(rewards[:4])
+    loaded = load_directory(tmp_path / "run" / "model")
+    assert loaded.model.value_head is None and loaded.info["algorithm"] == "grpo"
+
+
+def test_tools_are_carried_out_and_the_log_tells_each_term(start, tmp_path):
+    said = finish(rl(start, tmp_path / "run", "--data.tools", reward__result=0.5, loop__sample_every=1, steps=2))
+    assert "result 0" in said and "vowels" in said
+
+
+def test_an_error_in_a_reward_loses_nothing(start, tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("calls = []\ndef late(row, answer):\n    calls.append(1)\n"
+                   "    if len(calls) > 40: raise ValueError('so')\n    return len(calls) % 3\n")
+    run = tmp_path / "run"
+    said = finish(rl(start, run, reward__function=f"{bad}:late", loop__save_every=0, loop__validate_every=0), code=2)
+    assert "raised ValueError: so" in said and "is saved in" in said
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"data__train": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ({"rollout__max_new": 512}, "longer than 0 tokens"),
+    ({"reward__model": 1.0}, "give both or none"),
+    ({"reward__function": ""}, "there is no reward"),
+    ({"algorithm": "grop"}, "grop"),
+    ({"policy__target_kl": 6}, "policy.target_kl steers")])
+def test_what_users_do_wrong(start, tmp_path, more, says):
+    assert says in finish(rl(start, tmp_path / "run", **more), code=2)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_directory_that_is_no_reward_model(start, tmp_path):
+    said = finish(rl(start, tmp_path / "run", reward__model=1.0, model__reward=start / "model"), code=2)
+    assert "is no reward model" in said
+
+
+def test_sigterm_saves(start, tmp_path):
+    run = tmp_path / "run"
+    assert kill_after(rl(start, run, loop__save_every=0, steps=400), run, 2, signal.SIGTERM) == 130
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1 and os.path.exists(run / "config.toml")
