@@ -296,7 +296,7 @@ def test_answers_go_on_while_texts_become_vectors(server, client):
     service, order = server.models["mini"].service, []
     step, embed = service.engine.step, service.engine.embed
     service.engine.step = lambda: order.append("step") or step()
-    service.engine.embed = lambda prompts: order.append(len(prompts)) or embed(prompts)
+    service.engine.embed = lambda prompts, *more: order.append(len(prompts)) or embed(prompts, *more)
     try:
         never = {str(id): -100 for id in server.models["mini"].stop_ids}
         stream = client.chat.completions.create(**GREEDY | {"max_tokens": 900}, stream=True, logit_bias=never)

@@ -92,6 +92,11 @@ class Blocks:
         assert {v: k for k, v in self.name_of.items()} == self.named, "names and blocks do not agree"
 
 
+def salt_of(adapter: str | None) -> bytes:
+    """What tells texts apart that were computed with different adapters."""
+    return b"" if adapter is None else hashlib.blake2b(adapter.encode(), digest_size=16).digest()
+
+
 def extend_names(names: list[bytes], ids: list[int], block_size: int, salt: bytes = b"") -> list[bytes]:
     """Append to `names` those of the full blocks of `ids` that it does not have yet, and return it.
 

@@ -26,17 +26,15 @@ from mindseed.base.hardware import total_memory
 from mindseed.core import Tokenizer
 from mindseed.infer.blocks import Blocks
 from mindseed.infer.constrain import Grammar, Matcher
-from mindseed.infer.cuda import GraphStep
-from mindseed.infer.fused import FusedStep, fits
 from mindseed.infer.paged import PagedCache, windows_of
 from mindseed.infer.rows import Completion, Row, Token, check_prompt, ends_of
-from mindseed.infer.runner import Passed, Runner
-from mindseed.infer.sample import Chooser, NotFinite, Sampling, choose
+from mindseed.infer.runner import Passed, Runner, fused_step
+from mindseed.infer.sample import Chooser, NotFinite, Sampling, choose, top_logps
 from mindseed.infer.scheduler import Scheduler, Sequence, Work
 from mindseed.infer.speculative import drafter_of
-from mindseed.infer.step import flat
 from mindseed.interop.directory import Loaded
 from mindseed.models.lm import LM
+from mindseed.nn.adapters import Switch, switch_of
 
 SHARE_OF_MEMORY = 0.25                            # of the machine's that the cache takes at most, if nobody says
 
@@ -86,6 +84,7 @@ class Request:
     top_logps: int = 0                            # alternatives to report for every token
     prompt_logps: bool = False                    # of every token of the prompt, and its alternatives
     grammar: Grammar | None = None
+    adapter: str | None = None                    # of those of the model, which one; None: the model as it stands
 
 
 @dataclass
@@ -157,8 +156,9 @@ class Engine:
                                    slots=has_slots, caching=config.prefix_caching)
         self.limit = min(model.config.seq_len, *((blocks.count - 2) * config.block_size for blocks in self.kinds
                                                  if blocks.window is None), model.config.seq_len)
+        self.adapters = switch_of(model)
         self.runner = Runner(model, self.cache, self.vocab, fused_step(model, self.cache) if config.fused else None,
-                             self.gaps)
+                             self.gaps, self.adapters)
         self.drafter.attach(self)
         self.jobs: dict[int, Job] = {}
         self.failed: dict[int, UserError] = {}
@@ -202,7 +202,7 @@ class Engine:
         stop_ids = self.stop_ids if request.stop_ids is None else request.stop_ids
         job = Job(id=next(self.ids), request=request, open=request.n)
         sequence = Sequence(ids=list(request.prompt), priority=request.priority, forks=request.n - 1,
-                            reuse=not request.prompt_logps)
+                            reuse=not request.prompt_logps, adapter=request.adapter)
         sequence.owner = self.answer(job, 0, frozenset(stop_ids))
         job.sequences.append(sequence)
         self.jobs[job.id] = job
@@ -213,6 +213,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """UserError for what cannot be answered; touches nothing, so any thread may ask."""
         check_prompt(request.prompt, self.limit, self.vocab, gaps=self.gaps)
+        self.require_adapter(request.adapter)
         for name in ("max_new", "n"):
             if getattr(request, name) < 1:
                 raise UserError(f"{name}={getattr(request, name)} must be at least 1")
@@ -224,6 +225,10 @@ class Engine:
         if bad := [id for id, _ in request.sampling.logit_bias if not 0 <= id < self.vocab or id in self.gaps]:
             raise UserError(f"logit_bias names the token {bad[0]}, which does not exist; the vocabulary is 0 to "
                             f"{self.vocab - 1}")
+
+    def require_adapter(self, name: str | None) -> None:
+        if name is not None:
+            (self.adapters or Switch()).require(name)
 
     def answer(self, job: Job, index: int, stop_ids: frozenset[int]) -> Answer:
         request = job.request
@@ -437,22 +442,25 @@ class Engine:
     # --------------------------------------------------------------------------------------------------- and besides
 
     @torch.inference_mode()
-    def embed(self, prompts: list[list[int]]) -> Tensor:
+    def embed(self, prompts: list[list[int]], adapter: str | None = None) -> Tensor:
         """A vector of length 1 for every text, (n, D) in float32: the mean of its last hidden vectors."""
+        self.require_adapter(adapter)
         vectors = []
         for i, prompt in enumerate(prompts):
             check_prompt(prompt, self.model.config.seq_len + 1, self.vocab,
                          f"text {i + 1}" if len(prompts) > 1 else "the text", gaps=self.gaps)
             ids = torch.tensor([prompt], device=self.device)
-            hidden = self.model(ids, torch.arange(len(prompt), device=self.device)[None]).hidden[0]
+            with self.runner.using([adapter]):
+                hidden = self.model(ids, torch.arange(len(prompt), device=self.device)[None]).hidden[0]
             mean = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).mean(0)
             vectors.append(mean / mean.norm().clamp_min(1e-12))
         return torch.stack(vectors).to(torch.float32)
 
     @torch.no_grad()
     def update_weights(self, model: LM) -> None:
-        """Take over the weights of a model of the same shape, in place. What the old ones computed is forgotten, and
-        answers that are being written go on under the new ones, their texts read again."""
+        """Take over the weights of a model of the same shape, in place, or hear that one's own have changed, adapters
+        included. What the old ones computed is forgotten, and answers that are being written go on under the new ones,
+        their texts read again."""
         if model.config != self.model.config:
             raise UserError("the new weights belong to a model of another shape")
         theirs = dict(model.state_dict())
@@ -464,7 +472,8 @@ class Engine:
                 job.prompt_logps.clear()
                 job.prompt_top.clear()
         self.version += 1
-        self.runner.refresh()
+        self.adapters = switch_of(self.model)
+        self.runner.refresh(self.adapters)
         self.scheduler.new_weights(self.version.to_bytes(8, "little"))
 
     def stats(self) -> Stats:
@@ -472,26 +481,3 @@ class Engine:
         return replace(self.counts, waiting=len(self.scheduler.waiting), running=len(self.scheduler.running),
                        blocks=sum(b.count - 1 for b in full), blocks_free=sum(b.free for b in full),
                        preemptions=self.scheduler.preemptions)
-
-
-def top_logps(logits: Tensor, wanted: list[int]) -> list[tuple[tuple[int, float], ...]]:
-    """For every row of logits (R, V) its `wanted` likeliest (id, log-probability)."""
-    if not any(wanted):
-        return [()] * len(wanted)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    best = wide.topk(min(max(wanted), wide.shape[-1]), dim=-1)
-    return [tuple(zip(ids[:n], values[:n])) for n, ids, values in zip(wanted, best.indices.tolist(),
-                                                                      best.values.tolist())]
-
-
-def fused_step(model: LM, cache: PagedCache) -> FusedStep | GraphStep | None:
-    """A faster decoding step for the models that one is known for: kernels of our own on a CPU, a recorded graph on a
-    GPU; None for all others."""
-    if cache.int8:
-        return None
-    if cache.device.type == "cpu" and fits(model):
-        pools = [(layer["k"].blocks.flatten(0, 1), layer["v"].blocks.flatten(0, 1)) for layer in cache.pools]
-        return FusedStep(model, pools[:len(model.blocks)], cache.block_size)
-    if cache.device.type == "cuda" and flat(model):
-        return GraphStep(model, cache)
-    return None

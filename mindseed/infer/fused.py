@@ -24,7 +24,7 @@ from mindseed.infer.simd import LANES
 from mindseed.models.lm import LM, Block
 from mindseed.nn.ffn import SwiGLU
 from mindseed.nn.gqa import GQA
-from mindseed.nn.linear import Linear
+from mindseed.nn.linear import is_plain
 from mindseed.nn.norm import RMSNorm
 from mindseed.nn.rope import rope_tables
 
@@ -40,11 +40,17 @@ Window = int | None
 def fits(model: LM) -> bool:
     """Whether `FusedStep` computes what this model does: every block exactly grouped queries, SwiGLU and RMSNorm before
     each, no hooks, no adapters, on the CPU, in float32 or bfloat16."""
-    weights = {p.dtype for p in model.parameters()}, {p.device.type for p in model.parameters()}
+    used = used_weights(model)
+    weights = {p.dtype for p in used}, {p.device.type for p in used}
     return (available() and len(weights[0]) == 1 and weights[0] <= set(UNITS) and weights[1] == {"cpu"}
             and type(model) is LM and model.place is None and type(model.norm) is RMSNorm
             and not torch.is_autocast_enabled("cpu") and all(known(block) for block in model.blocks)
-            and all(p.is_contiguous() for p in model.parameters()))
+            and all(p.is_contiguous() for p in used))
+
+
+def used_weights(model: LM) -> list[Tensor]:
+    """A value head is in another dtype, perhaps, and no token asks for it."""
+    return [p for name, p in model.named_parameters() if not name.startswith("value_head.")]
 
 
 def known(block: Block) -> bool:
@@ -54,7 +60,7 @@ def known(block: Block) -> bool:
         return False
     rope, mixer, ffn = block.mixer.config.rope, block.mixer, block.ffn
     linears = (mixer.q, mixer.k, mixer.v, mixer.o, ffn.gate, ffn.up, ffn.down)
-    return rope is not None and not rope.depends_on_length and all(type(linear) is Linear for linear in linears) and (
+    return rope is not None and not rope.depends_on_length and all(map(is_plain, linears)) and (
         not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()))
 
 
@@ -144,7 +150,7 @@ class FusedStep:
         self.state = np.zeros(LINE // 8, np.int64)
         self.dtype, self.shape, self.kept = model.embed.weight.dtype, (0, 0), []
         self.units = UNITS[self.dtype], UNITS[pools[0][0].dtype]
-        self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.bytes = sum(p.numel() * p.element_size() for p in used_weights(model))
         self.fewest = min(c.kv_heads for c in self.configs)
         self.windows = {c.window: [i for i, other in enumerate(self.configs) if other.window == c.window]
                         for c in self.configs}

@@ -6,6 +6,7 @@ are read once for each such group, which costs less than padding the short to th
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindseed.infer.cuda import GraphStep
-from mindseed.infer.fused import FusedStep
+from mindseed.infer.fused import FusedStep, fits
 from mindseed.infer.paged import PagedCache, Pages
 from mindseed.infer.scheduler import Sequence, Work
-from mindseed.infer.step import decoding_step
+from mindseed.infer.step import decoding_step, flat
 from mindseed.models.lm import LM
+from mindseed.nn.adapters import Switch
 from mindseed.nn.linear import transposed_product, wants_transposed
 
 PADDING = 1.25                                    # a group is at most this much larger than its tokens
@@ -36,17 +38,21 @@ class Passed:
 
 class Runner:
     """`fused` is a faster way for rows that decode, if there is one: (ids, positions, tables) -> hidden vectors. `gaps`
-    are ids below `vocab` that are no tokens: they have no probability."""
+    are ids below `vocab` that are no tokens: they have no probability. `adapters` let every row have its own."""
 
     def __init__(self, model: LM, cache: PagedCache, vocab: int, fused: FusedStep | GraphStep | None = None,
-                 gaps: Collection[int] = ()) -> None:
-        self.model, self.cache, self.vocab, self.fused = model, cache, vocab, fused
+                 gaps: Collection[int] = (), adapters: Switch | None = None) -> None:
+        self.model, self.cache, self.vocab, self.fused, self.adapters = model, cache, vocab, fused, adapters
         self.device = model.embed.weight.device
         self.gaps = torch.tensor(sorted(gaps), device=self.device) if gaps else None
         self.step = None if fused else decoding_step(model)
 
-    def refresh(self) -> None:
-        """The weights have changed, in place; what copied them does so again."""
+    def refresh(self, adapters: Switch | None) -> None:
+        """The weights have changed, in place; what copied them does so again. The model may have got adapters."""
+        self.adapters = adapters
+        if adapters is not None:
+            adapters.version += 1
+            self.fused = None
         if isinstance(self.fused, GraphStep):
             self.fused.refresh()
         elif self.fused is None:
@@ -77,7 +83,13 @@ class Runner:
         ids, positions, tables = self.inputs(work)
         if self.fused is not None:
             return self.fused(ids, positions, tables)
-        return self.step(ids, positions[:, None], self.pages([w.sequence for w in work], tables))
+        rows = [w.sequence for w in work]
+        with self.using([s.adapter for s in rows]):
+            return self.step(ids, positions[:, None], self.pages(rows, tables))
+
+    def using(self, names: list[str | None]) -> contextlib.AbstractContextManager:
+        """Within it every row is computed with its adapter."""
+        return self.adapters.rows_use(names, self.device) if self.adapters and any(names) else contextlib.nullcontext()
 
     def inputs(self, work: list[Work]) -> tuple[Tensor, Tensor, dict[int | None, Tensor]]:
         """Ids (B,), positions (B,) and tables of rows with one token each."""
@@ -93,7 +105,8 @@ class Runner:
         positions = torch.tensor([[*range(w.start, w.start + n), *[-1] * (width - n)] for w, n in zip(work, sizes)],
                                  device=self.device)
         ids = torch.tensor([x + [0] * (width - len(x)) for x in ids], device=self.device)
-        hidden = self.model(ids, positions, self.pages(rows)).hidden              # (B, width, D)
+        with self.using([s.adapter for s in rows]):
+            hidden = self.model(ids, positions, self.pages(rows)).hidden          # (B, width, D)
         return [h[:n] for h, n in zip(hidden, sizes)]
 
     def tables(self, rows: list[Sequence]) -> dict[int | None, Tensor]:
@@ -132,3 +145,16 @@ def alike(members: list[int], sizes: list[int]) -> list[list[int]]:
             groups.append([i])
             tokens = sizes[i]
     return groups
+
+
+def fused_step(model: LM, cache: PagedCache) -> FusedStep | GraphStep | None:
+    """A faster decoding step for the models that one is known for: kernels of our own on a CPU, a recorded graph on a
+    GPU; None for all others."""
+    if cache.int8:
+        return None
+    if cache.device.type == "cpu" and fits(model):
+        pools = [(layer["k"].blocks.flatten(0, 1), layer["v"].blocks.flatten(0, 1)) for layer in cache.pools]
+        return FusedStep(model, pools[:len(model.blocks)], cache.block_size)
+    if cache.device.type == "cuda" and flat(model):
+        return GraphStep(model, cache)
+    return None

@@ -223,3 +223,13 @@ def gumbel(seeds: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
     stream = mixed(mixed(seeds + GOLDEN) + (steps + 1) * GOLDEN)
     uniform = (shifted(mixed(stream + (ids + 1) * GOLDEN), 12).to(torch.float64) + 0.5) * 2.0 ** -52   # never 1
     return -(-uniform.log()).log()
+
+
+def top_logps(logits: Tensor, wanted: list[int]) -> list[tuple[tuple[int, float], ...]]:
+    """For every row of logits (R, V) its `wanted` likeliest (id, log-probability)."""
+    if not any(wanted):
+        return [()] * len(wanted)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    best = wide.topk(min(max(wanted), wide.shape[-1]), dim=-1)
+    return [tuple(zip(ids[:n], values[:n])) for n, ids, values in zip(wanted, best.indices.tolist(),
+                                                                      best.values.tolist())]

@@ -20,7 +20,7 @@ import heapq
 from dataclasses import dataclass, field
 from typing import Any
 
-from mindseed.infer.blocks import Blocks, extend_names
+from mindseed.infer.blocks import Blocks, extend_names, salt_of
 
 
 @dataclass(eq=False, kw_only=True)
@@ -34,6 +34,7 @@ class Sequence:
     arrival: int = 0
     forks: int = 0
     reuse: bool = True                   # may its prompt be found in the cache?
+    adapter: str | None = None           # with which it is computed
     owner: Any = None                    # whatever the engine hangs on it
     computed: int = 0
     cached: int = 0                      # of the prompt, found in the cache when it was admitted for the first time
@@ -115,7 +116,7 @@ class Scheduler:
         twin = Sequence(ids=list(sequence.ids), priority=sequence.priority, arrival=self.arrivals,
                         computed=sequence.computed, drafted=sequence.drafted, cached=sequence.cached,
                         names=list(sequence.names), tables=[list(table) for table in sequence.tables],
-                        owner=sequence.owner, reuse=sequence.reuse)
+                        owner=sequence.owner, reuse=sequence.reuse, adapter=sequence.adapter)
         for blocks, table in zip(self.kinds, twin.tables):
             for block in filter(None, table):
                 blocks.hold(block)
@@ -218,7 +219,7 @@ class Scheduler:
         if not (self.caching and sequence.reuse):
             return
         size = self.block_size
-        names = extend_names(sequence.names, sequence.ids, size, self.salt)
+        names = extend_names(sequence.names, sequence.ids, size, self.salt + salt_of(sequence.adapter))
         found = len(names)
         for blocks in self.kinds:
             if blocks.window is None:
@@ -288,7 +289,7 @@ class Scheduler:
         sequence.computed += count
         full = range(before // size, sequence.computed // size)
         if self.caching and full:
-            extend_names(sequence.names, sequence.ids, size, self.salt)
+            extend_names(sequence.names, sequence.ids, size, self.salt + salt_of(sequence.adapter))
         for blocks, table in zip(self.kinds, sequence.tables):
             if self.caching:
                 for i in full:

@@ -71,11 +71,11 @@ class Service:
             if left:
                 self.call(self.end, number)
 
-    async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
+    async def embed(self, prompts: list[list[int]], adapter: str | None = None) -> list[list[float]]:
         """One text after the other, so that answers go on between two, and nothing is computed for who has left."""
         vectors: list[list[float]] = []
         for prompt in prompts:
-            vectors += await asyncio.wrap_future(self.call(lambda: self.engine.embed([prompt]).tolist()))
+            vectors += await asyncio.wrap_future(self.call(lambda: self.engine.embed([prompt], adapter).tolist()))
         return vectors
 
     def stats(self) -> Stats:

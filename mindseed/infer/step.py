@@ -18,7 +18,7 @@ from mindseed.models.lm import LM, Block
 from mindseed.nn.attend import Layout
 from mindseed.nn.ffn import SwiGLU
 from mindseed.nn.gqa import GQA
-from mindseed.nn.linear import Linear, transposed_product, wants_transposed
+from mindseed.nn.linear import is_plain, transposed_product, wants_transposed
 from mindseed.nn.norm import RMSNorm
 
 Step = Callable[[Tensor, Tensor, State], Tensor]
@@ -51,7 +51,7 @@ def known(block: Block) -> bool:
     if rope is None or rope.interleaved or rope.depends_on_length:
         return False
     linears = (mixer.q, mixer.k, mixer.v, mixer.o, ffn.gate, ffn.up, ffn.down)
-    return all(type(linear) is Linear for linear in linears) and not any(
+    return all(map(is_plain, linears)) and not any(
         module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 

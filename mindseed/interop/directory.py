@@ -3,6 +3,7 @@
     config.json              the architecture, as transformers, vLLM and the converters of llama.cpp read it
     model.safetensors        the weights, under that architecture's names (or shards of them, with an index)
     mtp.safetensors          modules of multi-token prediction, where that architecture has no place for them
+    value_head.safetensors   the head of a reward model or critic, in float32, if mindseed.json says that there is one
     tokenizer.json, tokenizer_config.json      the tokenizer and the chat template
     generation_config.json   the ids that end an answer, and how to sample
     mindseed.json            what only we know: the exact configuration, where the model comes from, and the hashes of
@@ -31,16 +32,19 @@ from mindseed.interop.family import Family
 from mindseed.interop.rules import Names, read_names, read_tensors, translate, write_names
 from mindseed.interop.weights import DTYPES, TensorFiles, save_tensors, weight_files
 from mindseed.models.config import LMConfig, config_from_dict, config_to_dict, without_training
+from mindseed.models.heads import ValueHead
 from mindseed.models.lm import LM
+from mindseed.nn.adapters import switch_of
 from mindseed.tokenizers.base import BOS, PAD, document_marks
 from mindseed.tokenizers.chat import JINJA
 from mindseed.tokenizers.hf_json import load_tokenizer, save_tokenizer
 from mindseed.tokenizers.template import Template, foreign, read_template
 
 FORMAT = 1                                        # of mindseed.json
-MTP_FILE = "mtp.safetensors"
+MTP_FILE, VALUE_FILE = "mtp.safetensors", "value_head.safetensors"
 MAX_SHARD = 5 << 30                               # bytes of one file of weights
-OURS = {"config?": {str: Any}, "info?": {str: Any}, "tokenizer_hash?": str, "template_hash?": str | None}
+OURS = {"config?": {str: Any}, "info?": {str: Any}, "tokenizer_hash?": str, "template_hash?": str | None,
+        "value_head?": bool}
 THEIRS = {"do_sample?": bool | None, "temperature?": float | None, "top_k?": int | None, "top_p?": float | None,
           "min_p?": float | None, "repetition_penalty?": float | None}    # what we read of generation_config.json
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50}
@@ -89,7 +93,13 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
     than the model has.
     """
     folder, config = Path(folder), model.config
+    if (adapters := switch_of(model)) is not None:
+        raise UserError(f"the model has adapters ({', '.join(adapters.names)}), for which a model directory has no "
+                        "place; merge them first, or save them alone")
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
+    if packed := [name for name, x in model.named_parameters() if x.dtype == torch.uint8]:
+        raise UserError(f"{packed[0]} is quantised, and a model directory holds dense weights: make them dense first "
+                        "(quant.linear.unquantize)")
     dtype, family = dtype or model.embed.weight.dtype, family or family_of(config)
     begin, end = document_marks(tokenizer.specials) or (None, None)
     if chat_template == JINJA and begin != BOS:   # our chats cannot be told in this tokenizer's special tokens
@@ -102,7 +112,7 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
         **{f"{name}_token_id": id for name, id in specials.items()}}
     steering = {name for name, _ in model.named_buffers()}    # biases of routers move in steps that bf16 cannot tell
     tensors = {name: x.detach().to(device="cpu", dtype=x.dtype if name in steering else dtype).contiguous()
-               for name, x in model.state_dict().items()}
+               for name, x in model.state_dict().items() if not name.startswith(("value_head.", "matching."))}
     ahead = {name: x for name, x in tensors.items() if name.startswith("mtp.")}
     if family and not family.layout.has_mtp:
         tensors = {name: x for name, x in tensors.items() if name not in ahead}
@@ -114,12 +124,16 @@ def save_directory(model: LM, tokenizer: Tokenizer, folder: Path | str, *, info:
         save_tensors(write_names(names_in(family, config, tensors), tensors), temp, max_shard=max_shard)
         if ahead.keys() - tensors.keys():
             save_file(ahead, temp / MTP_FILE, metadata={"format": "pt"})
+        if model.value_head is not None:
+            save_file({name: x.detach().to("cpu", torch.float32).contiguous()
+                       for name, x in model.value_head.state_dict().items()},
+                      temp / VALUE_FILE, metadata={"format": "pt"})
         save_tokenizer(tokenizer, temp, chat_template=chat_template, max_len=config.seq_len, marks=marks)
         write_json(temp / "generation_config.json",
                    {key: value for key, value in generation.items() if value is not None} | sampling)
         write_json(temp / "mindseed.json", {
             "format": FORMAT, "mindseed": __version__, "config": config_to_dict(config), "info": info or {},
-            "tokenizer_hash": tokenizer.hash(),
+            **({} if model.value_head is None else {"value_head": True}), "tokenizer_hash": tokenizer.hash(),
             "template_hash": Template(chat_template).hash() if chat_template else None})
     return folder
 
@@ -159,6 +173,8 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
             raise UserError(f"{folder}: {name}={id} is no token of a vocabulary of {config.vocab_size}; mend it in "
                             "generation_config.json or config.json")
     model, stored = load_weights(family, config, folder, dtype, device)
+    if ours.get("value_head"):
+        model.value_head = load_value_head(folder, config.dim, dtype, device)
     return Loaded(model=model.eval(), tokenizer=tokenizer, info=ours.get("info", {}), dtype=stored, family=family,
                   stop_ids=ends, chat_template=template, marks=marks, template_hash=ours.get("template_hash"),
                   bos_id=begin if type(begin) is int else None,
@@ -265,6 +281,19 @@ def load_weights(family: Family | None, config: LMConfig, folder: Path, dtype: t
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(True)
     return model, embed.dtype
+
+
+def load_value_head(folder: Path, dim: int, dtype: torch.dtype, device: torch.device | str) -> ValueHead:
+    file = folder / VALUE_FILE
+    if not file.exists():
+        raise UserError(f"{file} is missing, which holds the head that gives rewards or values; restore it, or take "
+                        "value_head out of mindseed.json to load the language model alone")
+    head = ValueHead(dim, dtype=dtype, device=device)
+    with TensorFiles([file]) as tensors:
+        expected = {name: x.shape for name, x in head.state_dict().items()}
+        read_names({name: [name] for name in expected}, expected, tensors.shapes, str(file))
+        head.load_state_dict({name: tensors(name) for name in expected})
+    return head
 
 
 def check_copy(head: Tensor, embed: Tensor, folder: Path) -> None:

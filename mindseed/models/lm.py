@@ -24,7 +24,9 @@ class LM(nn.Module):
     """ids (B, T), positions (B, T) -> Output. With `state`, keys of earlier calls are seen and new ones are kept.
 
     `recompute` trades time for memory: blocks keep only their input and run again in the backward pass. `flex` attends
-    within packed documents and windows through FlexAttention, which learns on a GPU only.
+    within packed documents and windows through FlexAttention, which learns on a GPU only. `collect` are the depths
+    whose states the output is to carry, rising: 0 is the embedding, d what d blocks have made of it. `matching`
+    (matching.py) adds what distillation compares.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -36,9 +38,12 @@ class LM(nn.Module):
         self.norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.head = None if config.tied else Linear(config.dim, config.vocab_size, role="column")
         self.mtp = nn.ModuleList(MTPModule(config, layer) for layer in config.mtp)
+        self.value_head: nn.Module | None = None                                  # see heads.py
         self.recompute = False
         self.attention: Kernel = BlockedAttention.apply
         self.flex = False
+        self.collect: tuple[int, ...] = ()
+        self.matching: nn.Module | None = None
         self.reset_parameters()
 
     def forward(self, ids: Tensor, positions: Tensor, state: State | None = None) -> Output:
@@ -48,12 +53,17 @@ class LM(nn.Module):
             x = x + self.place(positions.clamp_min(0))
         if self.training and self.config.dropout:
             x = F.dropout(x, self.config.dropout)
+        states = [x] if 0 in self.collect else []
         for i, block in enumerate(self.blocks):
             x = self.run(block, aux, x, layout, None if state is None else state.layer(i))
+            if i + 1 in self.collect:
+                states.append(x)
         hidden = self.norm(x)
+        values = None if self.value_head is None else self.value_head(hidden)
         further = self.look_ahead(hidden, ids, layout, aux) if self.training else ()
-        return Output(hidden=hidden, head=(self.head or self.embed).weight, dtype=product_dtype(x), aux=aux,
-                      further=further, further_weight=self.config.mtp_weight)
+        output = Output(hidden=hidden, head=(self.head or self.embed).weight, dtype=product_dtype(x), aux=aux,
+                        values=values, further=further, further_weight=self.config.mtp_weight, states=tuple(states))
+        return output if self.matching is None or state is not None else self.matching(self, output, layout)
 
     def run(self, block: nn.Module, aux: Aux, *inputs) -> Tensor:
         """A block, recomputed in the backward pass if asked for; its auxiliary losses are added to `aux`."""

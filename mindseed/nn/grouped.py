@@ -57,20 +57,23 @@ class GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, kept, gate, up, down = ctx.saved_tensors
         g_x, dtype = torch.empty_like(x), ctx.dtype
-        g_gate, g_up, g_down = (torch.empty_like(w) for w in (gate, up, down))
-        for idle in (e for e, n in enumerate(ctx.counts) if not n):
+        learn = any(ctx.needs_input_grad[1:4])    # not where experts are frozen beneath adapters of other matrices
+        g_gate, g_up, g_down = (torch.empty_like(w) if learn else None for w in (gate, up, down))
+        for idle in (e for e, n in enumerate(ctx.counts) if learn and not n):
             for gradient in (g_gate, g_up, g_down):
                 gradient[idle] = 0
         for e, rows in stretches(ctx.counts):
             wide, a, b = load("x", g[rows], dtype), load("a", kept[0, rows], dtype), load("b", kept[1, rows], dtype)
             g_h = product("h", wide, down[e].to(dtype))
             silu = torch.ops.aten.silu.out(a, out=room("s", a.shape, a))
-            write(g_down[e], wide.mT, torch.mul(silu, b, out=room("t", a.shape, a)))
+            if learn:
+                write(g_down[e], wide.mT, torch.mul(silu, b, out=room("t", a.shape, a)))
             g_a = torch.ops.aten.silu_backward.grad_input(b.mul_(g_h), a, grad_input=b)
             g_b = silu.mul_(g_h)
-            wide = load("x", x[rows], dtype)
-            write(g_gate[e], g_a.mT, wide)
-            write(g_up[e], g_b.mT, wide)
+            if learn:
+                wide = load("x", x[rows], dtype)
+                write(g_gate[e], g_a.mT, wide)
+                write(g_up[e], g_b.mT, wide)
             total = product("x", g_a, gate[e].to(dtype))
             g_x[rows] = torch.addmm(total, g_b, up[e].to(dtype), out=total)
         return g_x, g_gate, g_up, g_down, None, None, None, None

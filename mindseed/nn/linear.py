@@ -20,14 +20,42 @@ Role = Literal["column", "row", "replicated"]
 
 
 class Linear(nn.Linear):
-    """y = x W^T, without a bias: (..., in_dim) -> (..., out_dim)."""
+    """y = x W^T, without a bias: (..., in_dim) -> (..., out_dim).
+
+    An `adapter`, if there is one, answers instead, by adapter(linear, x); and `adapter.dense(linear)` is the matrix
+    that both amount to. The names of the weights beneath stay what they are. Rows of a batch may have adapters of their
+    own (adapters.py); then there is no one matrix, which `one_matrix` tells.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, *, role: Role) -> None:
         super().__init__(in_dim, out_dim, bias=False)
         self.role: Role = role
+        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.adapter is None else self.adapter(self, x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Without the adapter."""
         return project(x, self.weight)
+
+    def matrix(self) -> Tensor:
+        """(out_dim, in_dim): what `product` multiplies with."""
+        return self.weight
+
+    def dense(self) -> Tensor:
+        """(out_dim, in_dim): the matrix that `forward` multiplies with, for those who take it apart."""
+        return self.matrix() if self.adapter is None else self.adapter.dense(self)
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether `dense` speaks for all rows of the batch at hand."""
+        return self.adapter is None or self.adapter.one_matrix
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether nothing but the product with its weight happens here: no adapter, no quantisation."""
+    return type(linear) is Linear and linear.adapter is None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

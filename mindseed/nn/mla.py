@@ -100,8 +100,8 @@ class MLA(nn.Module):
             y = self.expanded(q_plain, q_rope, latent, k_rope, view)
         else:
             latent, k_rope = state.append(latent=latent, k_rope=k_rope)                        # (B, S, C), (B, S, R)
-            way = self.absorbed if c.absorbing_is_cheaper(T, latent.shape[1]) else self.expanded
-            y = way(q_plain, q_rope, latent, k_rope, view)
+            absorb = self.kv_up.one_matrix and c.absorbing_is_cheaper(T, latent.shape[1])
+            y = (self.absorbed if absorb else self.expanded)(q_plain, q_rope, latent, k_rope, view)
         return self.o(y.reshape(B, T, -1))
 
     def expanded(self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view) -> Tensor:
@@ -114,7 +114,7 @@ class MLA(nn.Module):
     def absorbed(self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view) -> Tensor:
         """Queries moved into the latent's space, and what they find there moved out again: (B, T, H, V)."""
         c = self.config
-        key_up, value_up = self.kv_up.weight.view(c.heads, -1, c.kv_rank).split([c.plain_dim, c.value_dim], dim=1)
+        key_up, value_up = self.kv_up.dense().view(c.heads, -1, c.kv_rank).split([c.plain_dim, c.value_dim], dim=1)
         q_latent = torch.einsum("bthp,hpc->bthc", q_plain, key_up.to(q_plain.dtype))           # (B, T, H, C)
         keys = torch.cat([latent, k_rope], dim=-1)[:, :, None]                                 # (B, S, 1, C + R)
         found = attend(torch.cat([q_latent, q_rope], dim=-1), keys, latent[:, :, None], view, scale=c.scale)

@@ -73,12 +73,20 @@ class MoEConfig:
 
 
 class ExpertLinear(nn.Module):
-    """The same Linear of every expert, stacked: weight (E, out, in). What multiplies with it is in grouped.py."""
+    """The same Linear of every expert, stacked: weight (E, out, in). What multiplies with it is in grouped.py, and
+    takes it by `dense()`, an adapter's share included."""
 
     def __init__(self, experts: int, in_dim: int, out_dim: int, *, role: Role) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_dim, in_dim))
         self.in_features, self.role = in_dim, role
+        self.adapter: nn.Module | None = None
+
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def dense(self) -> Tensor:
+        return self.matrix() if self.adapter is None else self.adapter.dense(self)
 
 
 class MoE(nn.Module):
@@ -141,7 +149,7 @@ class MoE(nn.Module):
         place[order] = torch.arange(len(order), device=order.device)              # where each visit was put
         token = order.div(chosen.shape[1], rounding_mode="floor")
         h = Dispatch.apply(x, token, place)                                       # (N k, D)
-        h = grouped_swiglu(h, self.gate.weight, self.up.weight, self.down.weight, counts)
+        h = grouped_swiglu(h, self.gate.dense(), self.up.dense(), self.down.dense(), counts)
         return Combine.apply(h, weights, token, order, place)
 
     def auxiliary(self, logits: Tensor, shares: Tensor, chosen: Tensor, counts: Tensor) -> dict[str, Tensor]:

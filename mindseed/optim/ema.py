@@ -9,7 +9,7 @@ from torch import nn
 
 
 class EMA:
-    """average <- decay * average + (1 - decay) * weight, after each step.
+    """average <- decay * average + (1 - decay) * weight, after each step, of the weights that learn.
 
     Early averages would remember the random start, so the decay in use is min(decay, (1 + n) / (10 + n)).
     """
@@ -22,14 +22,17 @@ class EMA:
 
     def restart(self) -> None:
         """Begin anew from the weights as they are."""
-        self.updates, self.average = 0, {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.updates, self.average = 0, {name: p.detach().clone() for name, p in self.model.named_parameters()
+                                         if p.requires_grad}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if name in self.average}
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p for _, p in self.model.named_parameters()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), list(self.weights().values()), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -42,7 +45,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        for name, p in self.model.named_parameters():
+        for name, p in self.weights().items():
             kept = p.detach().clone()
             p.copy_(self.average[name])
             self.average[name] = kept

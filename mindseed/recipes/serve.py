@@ -3,6 +3,7 @@
   mindseed serve runs/demo/fine-tune/model
   mindseed serve small=runs/a/model large=runs/b/model --port 0     several, under names of your choice
   mindseed serve runs/a/model --host 0.0.0.0 --api_key SECRET       for others, who must know the key
+  mindseed serve runs/a/model --adapters legal=runs/l/adapter poems=runs/p/adapter     each a model of its own
 
 Requests share one batch, from which answers stream as they are written; the beginnings of prompts that were seen before
 are not read again. /docs describes every field, /metrics counts for Prometheus. SIGTERM and Ctrl-C let answers in
@@ -17,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from mindseed.adapt.lora import base_parameters, coverage, set_active
+from mindseed.adapt.peft import load_adapter
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.base.extras import install
@@ -37,6 +40,9 @@ HERE = ("127.0.0.1", "localhost", "::1")          # addresses that only this mac
 class Options:
     models: tuple[str, ...] = option((), help="model directories, DIR or NAME=DIR", positional=True, elsewhere=(
         "load_from", "weight", "model", "model_path", "model_name_or_path"))
+    adapters: tuple[str, ...] = option((), help="adapters of the model, NAME=FOLDER: each is a model of its own to "
+                                                "clients, and all share the base and its batches", elsewhere=(
+        "lora_weight", "lora_modules"))
     host: str = option("127.0.0.1", help="the address to listen on; 0.0.0.0: all of this machine's, for others too")
     port: int = option(8998, help="0: any that is free")
     api_key: tuple[str, ...] = option((), help=f"keys, one of which every client must send [{KEYS}, a list with "
@@ -70,7 +76,7 @@ def main(options: Options) -> None:
         raise UserError(f"serving needs the package {error.name}, which is not installed:\n"
                         f"    {install('[serve]')}") from None
     check(options)
-    places = named(options.models)
+    places, adapters = named(options.models), adapters_in(options)
     keys = find_keys(options)
     if options.host not in HERE and not keys:
         warn(f"whoever reaches {options.host}:{options.port} may use the models; --api_key SECRET asks for a key")
@@ -82,11 +88,17 @@ def main(options: Options) -> None:
             asked = replace(machine, model=place)
             loaded = asked.load("serve")
             require_template(loaded, place, options.allow_other_template)
+            for adapter, folder in adapters.items():
+                load_adapter(loaded.model, folder, adapter)
+            set_active(loaded.model, {})
             draft = replace(machine, model=options.draft_model).load("serve") if options.draft_model else None
             engine = Engine.of(loaded, options.engine, draft=draft)
             engine.generate([Request(prompt=[0], max_new=3)])         # kernels are compiled before anybody waits
             models.append(Served(name=name, loaded=loaded, service=Service(engine), sampling=asked.sampling(loaded),
                                  thinking=THINKING[options.think]))
+            for adapter in adapters:
+                engine.check(Request(prompt=[0], adapter=adapter))
+                models.append(models[0].with_adapter(adapter))
         app = openai.create_app(models, openai.ServeConfig(
             keys=keys, origins=options.cors, body_bytes=round(options.body_mb * 1e6), per_minute=options.rate,
             timeout_s=options.timeout_s))
@@ -97,7 +109,8 @@ def main(options: Options) -> None:
     finally:
         sock.close()
         for served in models:
-            served.service.close()
+            if served.parent is None:
+                served.service.close()
 
 
 def check(options: Options) -> None:
@@ -106,6 +119,8 @@ def check(options: Options) -> None:
         raise UserError("which model? mindseed serve DIRECTORY, for example runs/demo/fine-tune/model")
     if not 0 <= options.port < 1 << 16:
         raise UserError(f"port={options.port} must lie between 0 and 65535")
+    if options.adapters and len(options.models) > 1:
+        raise UserError("--adapters belong to one model; serve the others by a server of their own")
     for name in ("rate", "body_mb", "timeout_s"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise UserError(f"{name}={value} must be above 0")
@@ -129,6 +144,19 @@ def named(models: Iterable[str]) -> dict[str, str]:
                             f"{name}-2={place}")
         places[name] = place
     return places
+
+
+def adapters_in(options: Options) -> dict[str, str]:
+    """Name -> folder."""
+    found: dict[str, str] = {}
+    for word in options.adapters:
+        name, equals, folder = word.partition("=")
+        if not (name and folder):
+            raise UserError(f"{word!r} must be NAME=FOLDER, by which name clients ask for the adapter")
+        if name in found or name in named(options.models):
+            raise UserError(f"two models would be called {name}; give the adapter in {folder} another name")
+        found[name] = folder
+    return found
 
 
 def find_keys(options: Options) -> tuple[str, ...]:
@@ -157,8 +185,12 @@ def introduce(models: list, address: str, keys: bool) -> None:
     for served in models:
         engine, model = served.service.engine, served.loaded.model
         tokens = served.service.stats().blocks * engine.config.block_size
-        rows.append([served.name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M", str(served.context),
-                     f"{tokens} tokens", str(engine.config.max_seqs)])
+        if served.parent is None:
+            rows.append([served.name, f"{sum(p.numel() for p in base_parameters(model)) / 1e6:.1f}M",
+                         str(served.context), f"{tokens} tokens", str(engine.config.max_seqs)])
+        else:
+            count = coverage(model, served.name).parameters
+            rows.append([served.name, f"+ {count / 1e6:.2f}M", "", f"of {served.parent}", ""])
     table("", ["model", "parameters", "context", "cache", "answers at once"], rows)
     key = " -H 'Authorization: Bearer KEY'" if keys else ""
     body = json.dumps({"model": models[0].name, "messages": [{"role": "user", "content": "Hello"}]})

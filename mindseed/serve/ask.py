@@ -255,7 +255,7 @@ def engine_request(served: Served, body: Generating, prompt: list[int], max_new:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return Request(prompt=prompt, sampling=sampling_of(served, body), max_new=min(max_new, served.context),
                    n=body.n or 1, stop=tuple(dict.fromkeys(filter(None, stop))), priority=body.priority or 0,
-                   top_logps=top, grammar=grammar)
+                   top_logps=top, grammar=grammar, adapter=served.adapter)
 
 
 def sampling_of(served: Served, body: Generating) -> Sampling:

@@ -88,7 +88,7 @@ class Engines:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        stats = {served.name: served.service.stats() for served in self.models}
+        stats = {served.name: served.service.stats() for served in self.models if served.parent is None}
         for kind, names in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, help in names.items():
                 family = kind(f"mindseed_engine_{name}", help, labels=["model"])

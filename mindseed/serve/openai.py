@@ -183,7 +183,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
                             "others; leave it out", param="dimensions")
     pairs = await asyncio.to_thread(ask.prompts, served, body.input, begin=False, param="input",
                                     answer=False)
-    vectors = await unless_gone(request, served.service.embed([ids for _, ids in pairs]))
+    vectors = await unless_gone(request, served.service.embed([ids for _, ids in pairs], served.adapter))
     count = sum(len(ids) for _, ids in pairs)
     request.app.state.metrics.prompt.labels(served.name).inc(count)
 

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindseed.base.errors import UserError
@@ -56,6 +56,7 @@ class Served:
     service: Service
     sampling: Sampling = Sampling()               # what a request does not say
     thinking: bool | None = None                  # the same of thinking first
+    parent: str | None = None                     # the model whose adapter of this name it is, in the same engine
     created: int = field(default_factory=lambda: int(time.time()))
     grammars: OrderedDict[str, tuple[Grammar | UserError, float]] = field(default_factory=OrderedDict)      # until when
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -77,11 +78,19 @@ class Served:
     def stop_ids(self) -> frozenset[int]:
         return frozenset(self.service.engine.stop_ids)
 
+    def with_adapter(self, name: str) -> Served:
+        """One of its adapters as a model beside it."""
+        return replace(self, name=name, parent=self.name)
+
+    @property
+    def adapter(self) -> str | None:
+        return None if self.parent is None else self.name
+
     @property
     def card(self) -> dict[str, Any]:
         """How /v1/models tells of it."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "mindseed",
-                "max_model_len": self.context}
+                "max_model_len": self.context} | ({"parent": self.parent} if self.parent else {})
 
     def begin(self) -> list[int]:
         """The id that a document begins with, if the tokenizer has one."""
