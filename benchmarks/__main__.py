@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("train_step", "packing", "engine", "speculation", "serving", "bpe_training", "moe", "optimizers")
+ALL = ("train_step", "packing", "engine", "speculation", "serving", "bpe_training", "moe", "optimizers",
+       "qlora")
 
 
 def main() -> int:

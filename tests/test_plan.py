@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mindseed import cli
+from mindseed.adapt.lora import LoRAConfig, add_adapter
 from mindseed.base.hardware import PEAKS
 from mindseed.infer.engine import Engine, EngineConfig, Request
 from mindseed.models.config import LayerConfig, LMConfig
@@ -24,7 +25,8 @@ from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_group
 from mindseed.plan.flops import flops_per_token
 from mindseed.plan.memory import (activation_bytes_per_token, cache_bytes, cache_bytes_per_token, optimizer_bytes,
                                   plan_memory, token_ratio)
-from mindseed.plan.params import count_params
+from mindseed.plan.params import adapter_matrices, count_params
+from mindseed.quant.linear import quantize_model
 from mindseed.recipes.options import LoopOptions, ModelOptions, TrainOptions, derive
 
 # Every size different, so that no two terms of a formula can be swapped unseen.
@@ -167,12 +169,14 @@ def test_activations_of_linear_attention_are_about_what_autograd_saves(change, n
     compare_activations(replace(SHAPE, pattern="D", **change).lm_config(vocab_size=352, seq_len=128), narrow, 128)
 
 
-def compare_activations(config, narrow: bool, T: int) -> None:
+def compare_activations(config, narrow: bool, T: int, change=lambda model: None, lora_rank: int | None = None) -> None:
     """Within 3% (5% where norms stand elsewhere, and for linear attention): the bytes of all distinct storages kept for
     the backward pass, weights and their casts left out."""
     model = build(config).train()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {s for p in model.parameters() if p.ndim == 2 for s in (tuple(p.shape), tuple(p.shape[::-1]))}
+    change(model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes |= {s for p in model.parameters() if p.ndim == 2 for s in (tuple(p.shape), tuple(p.shape[::-1]))}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -185,7 +189,7 @@ def compare_activations(config, narrow: bool, T: int) -> None:
         score(model, ids, positions)
     kept = [x for at, x in saved.items() if at not in weights and not (narrow and tuple(x.shape) in shapes)]
     measured = sum(x.untyped_storage().nbytes() for x in kept)
-    planned = rows * activation_bytes_per_token(config, itemsize=2 if narrow else 4)
+    planned = rows * activation_bytes_per_token(config, itemsize=2 if narrow else 4, lora_rank=lora_rank)
     assert measured == pytest.approx(planned, rel=0.05 if config.placement != "pre" or isinstance(
         config.layers[0].mixer, DeltaConfig) else 0.03)
 
@@ -209,7 +213,7 @@ def test_optimizer_bytes_equal_the_real_states(config, kind):
         optimizer.step()
     held = sum(x.nbytes for o in optimizers for state in o.state.values()
                for x in state.values() if isinstance(x, torch.Tensor) and x.ndim)
-    assert held == optimizer_bytes(count_params(config), kind)
+    assert held == optimizer_bytes(config, kind)
 
 
 def test_memory_adds_up_and_grows_with_what_it_should():
@@ -220,6 +224,63 @@ def test_memory_adds_up_and_grows_with_what_it_should():
     assert large.weights == small.weights == 4 * count_params(config).total == large.ema and small.ema == 0
     assert plan_memory(config, batch_size=1, seq_len=T, itemsize=4).casts == 0 < small.casts
     assert token_ratio(count_params(config), 20 * count_params(config).total) == 20
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["lora", "qlora"])
+def test_weights_and_states_of_adapters_are_the_real_ones(config, nf4):
+    model = build(config)
+    if nf4:
+        quantize_model(model)
+    add_adapter(model, LoRAConfig(rank=3))
+    plan = plan_memory(config, batch_size=1, seq_len=T, lora_rank=3, nf4=nf4, ema=True)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert plan.weights == sum(p.nbytes for p in model.parameters())
+    assert plan.gradients == plan.ema == sum(p.nbytes for p in learning) == plan.optimizer // 2
+    assert sum(m.entries for m in adapter_matrices(config, 3)) == sum(p.numel() for p in learning)
+
+
+def test_adapters_and_packed_weights_of_linear_attention_too():
+    """Its two gates have adapters and stay dense."""
+    test_weights_and_states_of_adapters_are_the_real_ones(LINEAR, True)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["lora", "qlora"])
+@pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["tied", "mixed layers", "latent", "another build", "alibi, relu2"])
+def test_activations_beside_adapters_are_what_autograd_saves(name, narrow, nf4):
+    def changed(model: LM) -> None:
+        if nf4:
+            quantize_model(model)
+        add_adapter(model, LoRAConfig(rank=3))
+
+    compare_activations(CONFIGS[name], narrow, T, changed, 3)
+
+
+def test_packed_states_are_planned_as_they_are():
+    """By the tensors of bitsandbytes, whose table of codes all parameters share."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = replace(SHAPE, dim=80).lm_config(vocab_size=352, seq_len=32)         # on both sides of 4096 entries
+    model, optim = build(config), OptimConfig(kind="adamw", lr=1e-3, states="8bit")
+    optimizers = build_optimizers(parameter_groups(model, optim), optim)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    held = sum(x.nbytes for o in optimizers for state in o.state.values() for name, x in state.items()
+               if isinstance(x, torch.Tensor) and x.ndim and not name.startswith("qmap"))
+    assert held == optimizer_bytes(config, "adamw", states="8bit") < 0.7 * optimizer_bytes(config, "adamw")
+
+
+def test_pages_and_four_bits_take_what_they_take():
+    config = PRESETS["mini"].lm_config(vocab_size=6400, seq_len=512)
+    plans = {name: plan_memory(config, batch_size=1, seq_len=64, itemsize=4, **options) for name, options in {
+        "full": {}, "lora": {"lora_rank": 8}, "qlora": {"lora_rank": 8, "nf4": True},
+        "paged": {"states": "paged", "paged": True}, "idle": {"states": "paged"}, "8bit": {"states": "8bit"}}.items()}
+    assert plans["full"].total > plans["8bit"].total > plans["lora"].total > plans["qlora"].total
+    assert plans["paged"].optimizer == min(256 << 20, plans["full"].optimizer) <= plans["idle"].optimizer
+    assert plans["idle"] == plans["full"]
+    large = preset("small").lm_config(vocab_size=32_000, seq_len=512)
+    assert plan_memory(large, batch_size=1, seq_len=64, states="paged", paged=True).optimizer == 256 << 20
 
 
 # --------------------------------------------------------------------------------------------------- the command `plan`
@@ -253,6 +314,20 @@ def test_every_gpu_of_the_table_can_be_planned_for(name, capsys):
     assert name.upper() in capsys.readouterr().out
 
 
+def test_the_plan_of_a_base_in_four_bits(capsys):
+    line = ["plan", "--depth", "4", "--loop.steps", "9", "--device", "cpu", "--loop.precision", "fp32"]
+    totals = []
+    for more in ([], ["--lora-rank", "8"], ["--lora-rank", "8", "--nf4"]):
+        assert cli.main([*line, *more]) == 0
+        shown = capsys.readouterr().out
+        assert ("adapters of rank 8" in shown) == bool(more)
+        number, unit = re.search(r"weights\D+([\d.]+) (kB|MB)", shown).groups()
+        totals.append(float(number) * {"kB": 1e3, "MB": 1e6}[unit])
+    config = shape_of_depth(4).lm_config(vocab_size=6400, seq_len=512)
+    for shown, options in zip(totals, ({}, {"lora_rank": 8}, {"lora_rank": 8, "nf4": True})):
+        assert shown == pytest.approx(plan_memory(config, batch_size=8, seq_len=512, **options).weights, rel=0.01)
+
+
 def test_a_plan_that_does_not_fit_warns(capsys):
     assert cli.main(["plan", "--model.dim", "1048576", "--loop.steps", "1", "--device", "cpu"]) == 0
     assert "lower loop.micro_batch" in " ".join(capsys.readouterr().err.split())
@@ -262,6 +337,9 @@ def test_a_plan_that_does_not_fit_warns(capsys):
     (["--mfu", "3"], "mfu=3.0 must lie in (0, 1]"),
     (["--dept", "3"], "--dept is not an option; did you mean --depth?"),
     (["--loop.epochs", "1"], "loop.epochs needs data.train"),
+    (["--lora-rank", "0"], "lora_rank=0 must be at least 1"),
+    (["--nf4"], "nf4 freezes the matrices, so nothing in them would learn; give --lora-rank as well"),
+    (["--optim.states", "8bit"], "set kind to adamw"),
     (["--loop.epochs", "1", "--data.train", "raw.jsonl"], "cannot be planned before it is tokenised"),
     (["--gpu", "H9000"], "gpu=H9000 is not in the table of data sheets; choose one of"),
     (["--gpu", "v100", "--loop.precision", "bf16"], "says nothing of bf16; give --loop.precision fp16 or fp32"),

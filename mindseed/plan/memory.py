@@ -20,7 +20,8 @@ from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.linear_attention import CHUNK, DeltaConfig
 from mindseed.nn.mla import MLAConfig
 from mindseed.nn.moe import MoEConfig
-from mindseed.plan.params import Params, count_params
+from mindseed.optim.paged import PAGE_BYTES
+from mindseed.plan.params import Params, adapter_matrices, count_params, every_matrix, layer_params
 
 WIDE = 4                                                     # bytes of float32, in which the residual stream is kept
 
@@ -77,21 +78,30 @@ MIXER_ACTIVATIONS = {GQAConfig: gqa_activations, MLAConfig: mla_activations, Del
 FFN_ACTIVATIONS = {SwiGLUConfig: swiglu_activations, MLPConfig: mlp_activations, MoEConfig: moe_activations}
 
 
-def activation_bytes_per_token(config: LMConfig, *, itemsize: int = 2, recompute: bool = False) -> float:
+def activation_bytes_per_token(config: LMConfig, *, itemsize: int = 2, recompute: bool = False,
+                               lora_rank: int | None = None) -> float:
     """Bytes that autograd keeps per token of a micro-batch, without the casts of the weights (see `plan_memory`).
 
     `itemsize` is 2 under bf16 or fp16 autocast and 4 in float32. Masks of packed rows and dropout's masks are not
-    counted. Under `recompute` a block keeps its input only, and one block at a time is rebuilt.
+    counted. Under `recompute` a block keeps its input only, and one block at a time is rebuilt. An adapter keeps what
+    is between its two matrices, and reads an input that the base would keep; modules for further tokens, which have
+    none, count as if they had.
     """
     norm = config.dim * WIDE + WIDE                          # RMSNorm keeps its input and one number
     narrow = config.dim * (WIDE if config.norm == "layer" else itemsize) + WIDE   # LayerNorm keeps it wide
     norms = {"pre": 2 * norm, "post": 2 * narrow, "sandwich": 2 * norm + 2 * narrow}[config.placement]
 
+    def between(layer: LayerConfig) -> int:
+        parts = [m for part in layer_params(config, layer)[:2] for m in part.every]
+        return (lora_rank or 0) * itemsize * sum(m.adapts and m.count == 1 for m in parts)
+
     def block(layer: LayerConfig) -> int:
         return (norms + MIXER_ACTIVATIONS[type(layer.mixer)](config.dim, layer.mixer, itemsize)
                 + FFN_ACTIVATIONS[type(layer.ffn)](config.dim, layer.ffn, itemsize))
 
-    blocks = [block(layer) for layer in (*config.layers, *config.mtp)]
+    blocks = [block(layer) + between(layer) for layer in config.layers] + [block(layer) for layer in config.mtp]
+    if lora_rank and config.placement != "post":
+        blocks[0] -= norm                                    # the first one reads a frozen embedding
     tables = sum({(rope, width): width for rope, width in map(rotary, (*config.layers, *config.mtp)) if rope}.values())
     head = norm + config.dim * itemsize + WIDE               # last norm, input of the head, its partition sums
     around = 2 * 8 + tables * WIDE + head                    # ids and targets; cos and sin, K/2 each
@@ -141,26 +151,54 @@ class TrainMemory:
 
 
 def plan_memory(config: LMConfig, *, batch_size: int, seq_len: int, itemsize: int = 2, optimizer: str = "adamw",
-                ema: bool = False, recompute: bool = False, chunk: int = 1024) -> TrainMemory:
-    """An estimate for `batch_size` rows of `seq_len` tokens in one micro-batch; the allocator's waste is not in it."""
-    params = count_params(config)
-    tokens = batch_size * seq_len
-    rows = min(chunk, tokens)
+                ema: bool = False, recompute: bool = False, chunk: int = 1024, lora_rank: int | None = None,
+                nf4: bool = False, states: str = "fp32", paged: bool = False) -> TrainMemory:
+    """An estimate for `batch_size` rows of `seq_len` tokens in one micro-batch; the allocator's waste is not in it.
+
+    With `lora_rank` an adapter beside every matrix of the blocks learns, and nothing else; with `nf4` Linears are
+    packed and frozen. `states` are those of the optimiser, `paged` says that states="paged" has a GPU to page from.
+    """
+    params, tokens, rows = count_params(config), batch_size * seq_len, min(chunk, batch_size * seq_len)
+    packed = [m for m in every_matrix(config, ahead=True) if nf4 and m.packs]
+    thin = adapter_matrices(config, lora_rank) if lora_rank else []
+    away, added = sum(m.entries for m in packed), sum(m.entries for m in thin)
+    learning = added if lora_rank else params.total - away
+    casts = itemsize * (params.matrices - away + added + config.vocab_size * config.dim) if itemsize < WIDE else 0
+    if lora_rank:                                            # experts are multiplied with the sum of both
+        casts += WIDE * sum(m.entries for m in every_matrix(config, ahead=False) if m.count > 1)
+    kept = optimizer_bytes(config, optimizer, states=states, lora_rank=lora_rank, nf4=nf4)
     return TrainMemory(
-        weights=WIDE * params.total,
-        gradients=WIDE * params.total,
-        optimizer=optimizer_bytes(params, optimizer),
-        ema=WIDE * params.total if ema else 0,
-        casts=itemsize * (params.matrices + config.vocab_size * config.dim) if itemsize < WIDE else 0,
-        activations=int(tokens * activation_bytes_per_token(config, itemsize=itemsize, recompute=recompute)),
+        weights=WIDE * (params.total - away + added) + sum(nf4_bytes(m.entries) for m in packed),
+        gradients=WIDE * learning,
+        optimizer=min(kept, PAGE_BYTES) if states == "paged" and paged else kept,
+        ema=WIDE * learning if ema else 0,
+        casts=casts,
+        activations=int(tokens * activation_bytes_per_token(config, itemsize=itemsize, recompute=recompute,
+                                                            lora_rank=lora_rank)),
         logits=rows * config.vocab_size * (itemsize + WIDE) + WIDE * config.vocab_size * config.dim)
 
 
-def optimizer_bytes(params: Params, optimizer: str) -> int:
-    """AdamW keeps two float32 moments; Muon one for the matrices of blocks and leaves the rest to AdamW."""
-    if optimizer == "muon":
-        return WIDE * params.matrices + 2 * WIDE * (params.total - params.matrices)
-    return 2 * WIDE * params.total
+def optimizer_bytes(config: LMConfig, optimizer: str, *, states: str = "fp32", lora_rank: int | None = None,
+                    nf4: bool = False) -> int:
+    """AdamW keeps two float32 moments, or of large matrices two bytes and, for every 256, two float32; Muon one moment
+    for the matrices of blocks, leaving the rest, adapters among it, to AdamW."""
+    params, muon = count_params(config), optimizer == "muon" and not lora_rank
+    rest = 0 if lora_rank else params.total - params.matrices
+    matrices = adapter_matrices(config, lora_rank) if lora_rank else [
+        m for m in every_matrix(config, ahead=True) if not (nf4 and m.packs)]
+
+    def bytes_of(entries: int) -> int:
+        if states == "8bit" and entries >= 4096:
+            return 2 * (entries + WIDE * -(-entries // 256))
+        return WIDE * entries if muon else 2 * WIDE * entries
+
+    return sum(bytes_of(m.entries) for m in matrices) + 2 * WIDE * rest
+
+
+def nf4_bytes(entries: int) -> int:
+    """Of a matrix under double quantisation: half a byte each, a byte for 64, a float32 for 256 such, and a mean."""
+    blocks = -(-entries // 64)
+    return -(-entries // 2) + blocks + WIDE * -(-blocks // 256) + WIDE
 
 
 def token_ratio(params: Params, tokens: float) -> float:

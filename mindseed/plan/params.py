@@ -6,6 +6,7 @@ layers; a test compares every one with real tensors. A tied head is counted once
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
@@ -15,52 +16,82 @@ from mindseed.nn.mla import MLAConfig
 from mindseed.nn.moe import MoEConfig
 
 
+class Matrix(NamedTuple):
+    """`count` matrices of one shape, and what may be done with them: an adapter beside each, four bits for each."""
+
+    rows: int
+    columns: int
+    count: int = 1
+    adapts: bool = True
+    packs: bool = True
+
+    @property
+    def entries(self) -> int:
+        return self.count * self.rows * self.columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matrices:
-    """The parameters of one mixer or feed-forward. `active` are the matrix entries that one token is multiplied
-    with: fewer than `matrices` where a router chooses among experts. `vectors` is the rest: norms, gates, filters."""
+    """The parameters of one mixer or feed-forward. Of the entries of its matrices, `idle` are those that one token is
+    not multiplied with, where a router chooses among experts. `vectors` is the rest: norms, gates, filters."""
 
-    matrices: int
-    active: int
+    every: tuple[Matrix, ...]
+    idle: int = 0
     vectors: int = 0
+
+    @property
+    def matrices(self) -> int:
+        return sum(m.entries for m in self.every)
+
+    @property
+    def active(self) -> int:
+        return self.matrices - self.idle
 
 
 def gqa(dim: int, c: GQAConfig) -> Matrices:
     """Queries and the way out are D x HK, keys and values D x GK each."""
-    entries = 2 * dim * c.head_dim * (c.heads + c.kv_heads)
-    return Matrices(matrices=entries, active=entries, vectors=2 * c.head_dim if c.qk_norm else 0)
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return Matrices(every=(Matrix(q, dim), Matrix(kv, dim), Matrix(kv, dim), Matrix(dim, q)),
+                    vectors=2 * c.head_dim if c.qk_norm else 0)
 
 
 def mla(dim: int, c: MLAConfig) -> Matrices:
     """Queries straight or through their bottleneck; down to the latent and up to keys and values; the way out."""
-    keys = c.heads * c.key_dim
-    queries = dim * keys if c.q_rank is None else (dim + keys) * c.q_rank
-    latent = dim * (c.kv_rank + c.rope_dim) + c.kv_rank * c.heads * (c.plain_dim + c.value_dim)
-    entries = queries + latent + c.heads * c.value_dim * dim
-    return Matrices(matrices=entries, active=entries, vectors=c.kv_rank + (c.q_rank or 0))
+    keys, values = c.heads * c.key_dim, c.heads * c.value_dim
+    queries = (Matrix(keys, dim),) if c.q_rank is None else (Matrix(c.q_rank, dim), Matrix(keys, c.q_rank))
+    return Matrices(every=(*queries, Matrix(c.kv_rank + c.rope_dim, dim),
+                           Matrix(c.heads * c.plain_dim + values, c.kv_rank), Matrix(dim, values)),
+                    vectors=c.kv_rank + (c.q_rank or 0))
 
 
 def delta(dim: int, c: DeltaConfig) -> Matrices:
     """Queries and keys D x GK; values, their gate and the way out D x HV; two gates per head; the filters."""
-    entries = dim * (2 * c.key_heads * c.key_dim + 3 * c.heads * c.value_dim + 2 * c.heads)
-    filters = (2 * c.key_heads * c.key_dim + c.heads * c.value_dim) * c.conv
-    return Matrices(matrices=entries, active=entries, vectors=filters + 2 * c.heads + c.value_dim)
+    keys, values, gate = c.key_heads * c.key_dim, c.heads * c.value_dim, Matrix(c.heads, dim, packs=False)
+    return Matrices(every=(Matrix(keys, dim), Matrix(keys, dim), Matrix(values, dim), Matrix(values, dim), gate, gate,
+                           Matrix(dim, values)),
+                    vectors=(2 * keys + values) * c.conv + 2 * c.heads + c.value_dim)
 
 
 def swiglu(dim: int, c: SwiGLUConfig) -> Matrices:
     """Gate, up and down: three D x F."""
-    return Matrices(matrices=3 * dim * c.ffn_dim, active=3 * dim * c.ffn_dim)
+    return Matrices(every=three(dim, c.ffn_dim))
+
+
+def three(dim: int, width: int) -> tuple[Matrix, ...]:
+    return (Matrix(width, dim), Matrix(width, dim), Matrix(dim, width))
 
 
 def mlp(dim: int, c: MLPConfig) -> Matrices:
     """Up and down: two D x F."""
-    return Matrices(matrices=2 * dim * c.ffn_dim, active=2 * dim * c.ffn_dim)
+    return Matrices(every=(Matrix(c.ffn_dim, dim), Matrix(dim, c.ffn_dim)))
 
 
 def moe(dim: int, c: MoEConfig) -> Matrices:
     """The router, E experts of three D x F, of which k are visited, and the shared one."""
-    always, expert = dim * c.experts + 3 * dim * c.shared_dim, 3 * dim * c.expert_dim
-    return Matrices(matrices=always + c.experts * expert, active=always + c.top_k * expert)
+    experts = tuple(m._replace(count=c.experts, packs=False) for m in three(dim, c.expert_dim))
+    shared = three(dim, c.shared_dim) if c.shared_dim else ()
+    return Matrices(every=(Matrix(c.experts, dim, adapts=False, packs=False), *experts, *shared),
+                    idle=(c.experts - c.top_k) * 3 * dim * c.expert_dim)
 
 
 MIXER_PARAMS = {GQAConfig: gqa, MLAConfig: mla, DeltaConfig: delta}
@@ -108,6 +139,19 @@ def count_params(config: LMConfig) -> Params:
     parts = dict(embedding=table + (config.seq_len * config.dim if config.learned_positions else 0),
                  attention=attention, ffn=ffn, vectors=norm + sum(v for _, _, v in layers),
                  head=0 if config.tied else table)
-    idle = sum(part.matrices - part.active for m, f, _ in layers for part in (m, f))
+    idle = sum(part.idle for m, f, _ in layers for part in (m, f))
     return Params(**parts, mtp=ahead_matrices + sum(v + 3 * norm for _, _, v in ahead),
                   matrices=attention + ffn + ahead_matrices, active=sum(parts.values()) - idle)
+
+
+def every_matrix(config: LMConfig, *, ahead: bool) -> list[Matrix]:
+    """The matrices of all blocks; `ahead`: of the modules for further tokens as well."""
+    layers = (*config.layers, *config.mtp) if ahead else config.layers
+    found = [m for layer in layers for part in layer_params(config, layer)[:2] for m in part.every]
+    return found + [Matrix(config.dim, 2 * config.dim)] * (len(config.mtp) if ahead else 0)
+
+
+def adapter_matrices(config: LMConfig, rank: int) -> list[Matrix]:
+    """A and B of an adapter beside every matrix of the blocks that can have one."""
+    return [pair for m in every_matrix(config, ahead=False) if m.adapts
+            for pair in (Matrix(rank, m.columns, m.count), Matrix(m.rows, rank, m.count))]

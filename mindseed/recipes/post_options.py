@@ -90,7 +90,7 @@ class DistillOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.on_policy <= 1 or self.answers < 1 or self.max_new < 1 or self.sampling_temperature <= 0:
             raise ValueError(f"on_policy={self.on_policy} is a share, answers={self.answers} and max_new="
-                             f"{self.max_new} are at least 1, sampling_temperature={self.sampling_temperature} is above 0")
+                             f"{self.max_new} are at least 1, sampling_temperature={self.sampling_temperature} above 0")
         if self.temperature <= 0 or not 0 < self.beta < 1 or not 0 <= self.hard <= 1:
             raise ValueError(f"temperature={self.temperature} must be above 0, beta={self.beta} between 0 and 1, "
                              f"hard={self.hard} a share")
