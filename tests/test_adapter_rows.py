@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mindseed.adapt.lora import LoRAConfig, adaptable, add_adapter, merge, parts_of, remove_adapter, set_active
+from mindseed.adapt.lora import (LoRAConfig, adaptable, add_adapter, merge, parts_of, remove_adapter, set_active,
+                                 without_adapters)
 from mindseed.base.errors import UserError
 from mindseed.infer.engine import Engine, EngineConfig, Request
 from mindseed.infer.sample import Sampling
@@ -54,6 +55,8 @@ def test_every_row_has_its_own_adapter(name):
             for i, which in enumerate(rows):
                 torch.testing.assert_close(got[i], want[which][i], rtol=1e-9, atol=1e-9)
                 torch.testing.assert_close(step_by_step[i], cached[which][i], rtol=1e-9, atol=1e-9)
+            with switch_of(model).rows_use(rows), without_adapters(model):
+                torch.testing.assert_close(hidden(model), want[None], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(hidden(model), want[None], rtol=1e-9, atol=1e-9)            # and afterwards none
 
 

@@ -79,7 +79,8 @@ def minimind(tmp_path_factory) -> Path:
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     write("pretrain_t2t_mini.jsonl", [{"text": f"秦始皇是 number {i}, 第{i}个"} for i in range(24)])
     write("sft_t2t_mini.jsonl", [{"conversations": CHATS[i % 2]} for i in range(16)])
-    write("dpo.jsonl", [{"chosen": CHATS[0], "rejected": [CHATS[0][0], {"role": "assistant", "content": "no"}]}])
+    write("dpo.jsonl", [{"chosen": CHATS[0], "rejected": [CHATS[0][0], {"role": "assistant", "content": f"no {i}"}]}
+                        for i in range(8)])
     save_tokenizer(Byte(), folder / "model", chat_template=THEIRS)
     model, state = original(SHAPES["dense"])
     half = {name: x.half() for name, x in state.items()}
@@ -244,4 +245,4 @@ def test_the_chinese_page_says_the_same():
 def test_what_is_missing_is_not_here():
     """When one of these comes, the page must say so."""
     assert all("not yet" in here for _, here in rows_of("Not yet"))
-    assert not {"lora", "dpo", "distill", "rl"} & set(cli.RECIPES)
+    assert not {"evaluate", "quantize"} & set(cli.RECIPES)

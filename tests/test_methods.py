@@ -102,6 +102,13 @@ def test_killed_and_resumed_equals_uninterrupted(place, tmp_path, name):
         tmp_path / "whole/model/model.safetensors").read_bytes()
 
 
+def test_a_run_does_not_go_on_with_states_of_another_kind(place, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    finish(command(place, tmp_path / "run", "sft", steps=1, optim__states="8bit"))
+    said = finish(command(place, tmp_path / "run", "sft", "--resume", steps=2, optim__states="fp32"), code=2)
+    assert "optim.states: 8bit then" in said
+
+
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_two_ranks_do_what_one_does(place, tmp_path, name):
     for ranks in (1, 2):

@@ -210,12 +210,14 @@ def test_any_dtype_goes_in_and_comes_out(dtype):
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 250, 256, 257, 1001])
-def test_unpacking_in_parts_changes_nothing(count, monkeypatch):
+def test_working_in_parts_changes_nothing(count, monkeypatch):
     weight = torch.randn(count)
     packed = quantize(weight)
     whole = dequantize(packed, (count,))
-    monkeypatch.setattr(nf4, "PART", BLOCK)                  # 128 weights
+    monkeypatch.setattr(nf4, "PART", BLOCK)                  # 128 weights, or one block
     assert torch.equal(dequantize(packed, (count,)), whole)
+    assert torch.equal(dequantize(packed, (count,), passing=True), whole)
+    assert all(torch.equal(a, b) for a, b in zip(quantize(weight), packed))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -169,7 +169,8 @@ def test_activations_of_linear_attention_are_about_what_autograd_saves(change, n
     compare_activations(replace(SHAPE, pattern="D", **change).lm_config(vocab_size=352, seq_len=128), narrow, 128)
 
 
-def compare_activations(config, narrow: bool, T: int, change=lambda model: None, lora_rank: int | None = None) -> None:
+def compare_activations(config, narrow: bool, T: int, change=lambda model: None, lora_rank: int = 0,
+                        copies: int = 0) -> None:
     """Within 3% (5% where norms stand elsewhere, and for linear attention): the bytes of all distinct storages kept for
     the backward pass, weights and their casts left out."""
     model = build(config).train()
@@ -189,7 +190,7 @@ def compare_activations(config, narrow: bool, T: int, change=lambda model: None,
         score(model, ids, positions)
     kept = [x for at, x in saved.items() if at not in weights and not (narrow and tuple(x.shape) in shapes)]
     measured = sum(x.untyped_storage().nbytes() for x in kept)
-    planned = rows * activation_bytes_per_token(config, itemsize=2 if narrow else 4, lora_rank=lora_rank)
+    planned = rows * activation_bytes_per_token(config, itemsize=2 if narrow else 4, lora_rank=lora_rank) + copies
     assert measured == pytest.approx(planned, rel=0.05 if config.placement != "pre" or isinstance(
         config.layers[0].mixer, DeltaConfig) else 0.03)
 
@@ -256,6 +257,13 @@ def test_activations_beside_adapters_are_what_autograd_saves(name, narrow, nf4):
     compare_activations(CONFIGS[name], narrow, T, changed, 3)
 
 
+def test_experts_are_copied_where_they_have_adapters():
+    config = CONFIGS["mixture"]
+    copies = plan_memory(config, batch_size=1, seq_len=T, itemsize=4, lora_rank=3).casts
+    assert copies == 2 * 3 * 5 * 28 * 48 * 4                 # layers, matrices, experts
+    compare_activations(config, False, T, lambda model: add_adapter(model, LoRAConfig(rank=3)), 3, copies)
+
+
 def test_packed_states_are_planned_as_they_are():
     """By the tensors of bitsandbytes, whose table of codes all parameters share."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -317,7 +325,7 @@ def test_every_gpu_of_the_table_can_be_planned_for(name, capsys):
 def test_the_plan_of_a_base_in_four_bits(capsys):
     line = ["plan", "--depth", "4", "--loop.steps", "9", "--device", "cpu", "--loop.precision", "fp32"]
     totals = []
-    for more in ([], ["--lora-rank", "8"], ["--lora-rank", "8", "--nf4"]):
+    for more in ([], ["--lora.rank", "8"], ["--lora.rank", "8", "--lora.nf4"]):
         assert cli.main([*line, *more]) == 0
         shown = capsys.readouterr().out
         assert ("adapters of rank 8" in shown) == bool(more)
@@ -337,8 +345,8 @@ def test_a_plan_that_does_not_fit_warns(capsys):
     (["--mfu", "3"], "mfu=3.0 must lie in (0, 1]"),
     (["--dept", "3"], "--dept is not an option; did you mean --depth?"),
     (["--loop.epochs", "1"], "loop.epochs needs data.train"),
-    (["--lora-rank", "0"], "lora_rank=0 must be at least 1"),
-    (["--nf4"], "nf4 freezes the matrices, so nothing in them would learn; give --lora-rank as well"),
+    (["--lora.rank", "-1"], "rank=-1 must be at least 1"),
+    (["--lora.nf4"], "nf4 keeps a base that does not learn: give lora.rank as well"),
     (["--optim.states", "8bit"], "set kind to adamw"),
     (["--loop.epochs", "1", "--data.train", "raw.jsonl"], "cannot be planned before it is tokenised"),
     (["--gpu", "H9000"], "gpu=H9000 is not in the table of data sheets; choose one of"),

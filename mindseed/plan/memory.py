@@ -79,7 +79,7 @@ FFN_ACTIVATIONS = {SwiGLUConfig: swiglu_activations, MLPConfig: mlp_activations,
 
 
 def activation_bytes_per_token(config: LMConfig, *, itemsize: int = 2, recompute: bool = False,
-                               lora_rank: int | None = None) -> float:
+                               lora_rank: int = 0) -> float:
     """Bytes that autograd keeps per token of a micro-batch, without the casts of the weights (see `plan_memory`).
 
     `itemsize` is 2 under bf16 or fp16 autocast and 4 in float32. Masks of packed rows and dropout's masks are not
@@ -93,7 +93,7 @@ def activation_bytes_per_token(config: LMConfig, *, itemsize: int = 2, recompute
 
     def between(layer: LayerConfig) -> int:
         parts = [m for part in layer_params(config, layer)[:2] for m in part.every]
-        return (lora_rank or 0) * itemsize * sum(m.adapts and m.count == 1 for m in parts)
+        return lora_rank * itemsize * sum(m.adapts and m.count == 1 for m in parts)
 
     def block(layer: LayerConfig) -> int:
         return (norms + MIXER_ACTIVATIONS[type(layer.mixer)](config.dim, layer.mixer, itemsize)
@@ -151,7 +151,7 @@ class TrainMemory:
 
 
 def plan_memory(config: LMConfig, *, batch_size: int, seq_len: int, itemsize: int = 2, optimizer: str = "adamw",
-                ema: bool = False, recompute: bool = False, chunk: int = 1024, lora_rank: int | None = None,
+                ema: bool = False, recompute: bool = False, chunk: int = 1024, lora_rank: int = 0,
                 nf4: bool = False, states: str = "fp32", paged: bool = False) -> TrainMemory:
     """An estimate for `batch_size` rows of `seq_len` tokens in one micro-batch; the allocator's waste is not in it.
 
@@ -178,7 +178,7 @@ def plan_memory(config: LMConfig, *, batch_size: int, seq_len: int, itemsize: in
         logits=rows * config.vocab_size * (itemsize + WIDE) + WIDE * config.vocab_size * config.dim)
 
 
-def optimizer_bytes(config: LMConfig, optimizer: str, *, states: str = "fp32", lora_rank: int | None = None,
+def optimizer_bytes(config: LMConfig, optimizer: str, *, states: str = "fp32", lora_rank: int = 0,
                     nf4: bool = False) -> int:
     """AdamW keeps two float32 moments, or of large matrices two bytes and, for every 256, two float32; Muon one moment
     for the matrices of blocks, leaving the rest, adapters among it, to AdamW."""

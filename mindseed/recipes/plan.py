@@ -3,7 +3,7 @@
   mindseed plan --depth 8                          the dial
   mindseed plan configs/real-cpu.toml --loop.batch 64      the preset and flags of a `mindseed train` command
   mindseed plan configs/small-gpu.toml --gpu H100 --world 8      before such a machine is rented
-  mindseed plan --depth 12 --lora-rank 8 --nf4     fine-tuned by QLoRA: a base in four bits, adapters that learn
+  mindseed plan --depth 12 --lora.rank 8 --lora.nf4        fine-tuned by QLoRA: adapters beside a base in four bits
 
 Parameters, cache and FLOPs are exact; activations agree with what autograd keeps within 2%; the time rests on an
 assumed utilisation (`--mfu`) of the device's peak, which is the data sheet's or measured here.
@@ -41,15 +41,8 @@ class Options(TrainOptions):
                                         "RTX 4090 ...")
     mfu: float = option(0.4, help="share of the device's peak that training is assumed to reach")
     world: int | None = option(None, help="number of devices [derived: 1]")
-    lora_rank: int | None = option(None, help="memory of fine-tuning by adapters of this rank beside every matrix of "
-                                              "the blocks, with the base frozen (LoRA) [derived: everything learns]")
-    nf4: bool = option(False, help="keep the frozen base in four bits (QLoRA); with --lora-rank")
 
     def __post_init__(self) -> None:
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
-        if self.nf4 and self.lora_rank is None:
-            raise ValueError("nf4 freezes the matrices, so nothing in them would learn; give --lora-rank as well")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu={self.mfu} must lie in (0, 1]")
         if self.world is not None and self.world < 1:
@@ -70,10 +63,12 @@ def main(options: Options) -> None:
     loop = options.loop
     memory = plan_memory(config, batch_size=loop.micro_batch, seq_len=seq_len, itemsize=DTYPES[precision].itemsize,
                          optimizer=options.optim.kind, ema=loop.ema is not None, recompute=loop.recompute,
-                         lora_rank=options.lora_rank, nf4=options.nf4, states=options.optim.states,
+                         lora_rank=options.lora.rank, nf4=options.lora.nf4, states=options.optim.states,
                          paged=not isinstance(device, torch.device) or device.type == "cuda")
 
-    show_model(config, params, options.lora_rank)
+    show_model(config, params, options.lora.rank)
+    if options.lora.targets:
+        warn("memory is that of adapters beside every matrix of the blocks; with lora.targets it is less")
     show_flops(flops)
     show_memory(memory, device, loop.micro_batch, seq_len)
     show_run(options, params, flops, speed=speed,
@@ -125,7 +120,7 @@ def rows_per_epoch(options: TrainOptions) -> int | None:
     return max(1, tokens // options.data.seq_len)
 
 
-def show_model(config: LMConfig, params: Params, lora_rank: int | None) -> None:
+def show_model(config: LMConfig, params: Params, lora_rank: int) -> None:
     say(f"model      {describe(config)}")
     parts = [("embedding (and head)" if config.tied else "embedding", params.embedding),
              ("attention", params.attention), ("feed-forward", params.ffn), ("norms, gates, filters", params.vectors),

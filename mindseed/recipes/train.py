@@ -121,6 +121,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
         "optim.kind": options.optim.kind} | ({} if options.method == "sft" else {"method": options.method})
         | ({"distill": [bool(options.distill.states), bool(options.distill.relations), list(options.distill.layers)]}
            if options.method == "distill" else {})
+        | ({"optim.states": "8bit"} if options.optim.states == "8bit" else {})    # pages keep what fp32 keeps
         | ({"lora": vars(options.lora) | {"targets": list(options.lora.targets)}} if options.lora.rank else {}))
     resumed = resume(options, run, ema, checkpoints)
     if resumed and run.step >= options.loop.steps and (run_folder / "model").exists():
@@ -336,7 +337,9 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
         f"{loop.precision} on {device}")
     warn_if_too_big(plan_memory(c, batch_size=loop.micro_batch, seq_len=options.data.seq_len,
                                 itemsize=DTYPES[loop.precision].itemsize, optimizer=options.optim.kind,
-                                ema=loop.ema is not None, recompute=loop.recompute).total, device)
+                                ema=loop.ema is not None, recompute=loop.recompute, lora_rank=options.lora.rank,
+                                nf4=options.lora.nf4, states=options.optim.states,
+                                paged=device.type == "cuda").total, device)
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
           [list(row) for row in group_table(groups)])
     if resumed:
