@@ -182,7 +182,7 @@ def test_what_will_fail_fails_before_the_data_are_tokenised(tmp_path, capsys, mo
     save_directory(build(config.lm_config(vocab_size=Byte().vocab_size, seq_len=64)), Byte(), tmp_path / "start")
     save_tokenizer(bpe_train.train(["other words"], vocab_size=300), tmp_path / "other")
     places = {"START": tmp_path / "start", "OTHER": tmp_path / "other", "PAIRS": tmp_path / "pairs.jsonl"}
-    monkeypatch.setattr("mindseed.recipes.train.prepare_entry", lambda *_: 1 / 0)
+    monkeypatch.setattr("mindseed.recipes.training_data.prepare_entry", lambda *_: 1 / 0)
     command = ["train", "--out", tmp_path / "run", "--device", "cpu", "--loop.steps", 2,
                *(["--data.train", tmp_path / "texts.jsonl"] if "--data.train" not in words else []), *words]
     assert main([str(places.get(word, word)) for word in command]) == 2

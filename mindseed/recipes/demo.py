@@ -181,7 +181,7 @@ def reinforcing(options: Options, folder: Path) -> RLOptions:
         rollout=SamplingOptions(prompts=32, answers=8, max_new=96),
         optim=OptimConfig(kind="adamw", lr=2e-4, weight_decay=0.0),
         schedule=ScheduleConfig(kind="linear", warmup_steps=5),
-        loop=RLLoop(steps=scaled(50, options), micro_batch=64, sample_every=0, validate_every=scaled(25, options)))
+        loop=RLLoop(steps=scaled(30, options), micro_batch=64, sample_every=0, validate_every=scaled(15, options)))
 
 
 def scaled(steps: int, options: Options) -> int:
