@@ -236,7 +236,7 @@ def test_compiled_blocks_give_the_same_step():
     plain, compiled = (torch.tensor(steps(run, 4)) for run in runs)
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
     counts = torch._dynamo.utils.counters["stats"]
-    assert 0 < counts["unique_graphs"] <= 12, counts
+    assert 0 < counts["unique_graphs"] <= 14, counts
 
 
 def test_a_damaged_newer_checkpoint_does_not_cost_the_new_one(tmp_path, capsys):
