@@ -233,10 +233,11 @@ def test_compiled_blocks_give_the_same_step():
     """Packed differently in every batch: the compiled code must not depend on where documents end."""
     runs = [make_run(tiny_model(), Fixed([random_batch(4, 70, seed=s) for s in range(4)])) for _ in range(2)]
     runs[1].backend.model.compile_blocks()
+    counts = torch._dynamo.utils.counters["stats"]
+    counts.clear()                                # of tests before this one in the same process
     plain, compiled = (torch.tensor(steps(run, 4)) for run in runs)
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
-    counts = torch._dynamo.utils.counters["stats"]
-    assert 0 < counts["unique_graphs"] <= 14, counts
+    assert 0 < counts["unique_graphs"] <= 6, counts
 
 
 def test_a_damaged_newer_checkpoint_does_not_cost_the_new_one(tmp_path, capsys):

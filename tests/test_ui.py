@@ -28,6 +28,11 @@ ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-net
         "--no-first-run"]
 
 
+def hears_ctrl_c() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Running:
     """`mindseed ui` as a user starts it: the address of its page and of its server."""
 
@@ -39,7 +44,7 @@ class Running:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mindseed", "ui", *map(str, self.models), "--port", "0", "--no-open", "--runs",
              str(folder / "runs"), "--data", str(folder / "data")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, preexec_fn=hears_ctrl_c)
         said = ""
         while "Ctrl-C" not in said:
             line = self.process.stdout.readline()
@@ -64,7 +69,10 @@ def running(tmp_path_factory):
     studio = Running(tmp_path_factory.mktemp("studio"))
     yield studio
     studio.process.send_signal(signal.SIGINT)
-    assert studio.process.wait(timeout=20) == 0
+    try:
+        assert studio.process.wait(timeout=20) == 0
+    finally:
+        studio.process.terminate()
     assert studio.process.stdout.read().splitlines()[-1] == "stopped"
     with pytest.raises(httpx.HTTPError):                    # and its server is gone with it
         httpx.get(f"{studio.server}/health", trust_env=False)
