@@ -12,7 +12,6 @@ whose last answer is left out. Every term of the reward is logged by itself, so 
 from __future__ import annotations
 
 import copy
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,9 @@ from mindseed.models.describe import describe
 from mindseed.models.heads import add_value_head, score
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
-from mindseed.recipes.machine import DTYPES, choose_device, choose_precision
+from mindseed.recipes.machine import DTYPES, choose_precision
 from mindseed.recipes.rl_options import RLOptions, advantage_of, derive, objective_of
-from mindseed.recipes.run_folder import alone, claim, open_run, options_of_run, say_changes
+from mindseed.recipes.run_folder import alone_in_its_folder, carried_out, open_run, options_of_run, say_changes
 from mindseed.rl import reward as terms
 from mindseed.rl.critic import ActorCritic, critic_of
 from mindseed.rl.env import OPENED, Play, SingleTurn, ToolUse
@@ -46,7 +45,7 @@ from mindseed.rl.rollout import Rollout, RolloutConfig
 from mindseed.rl.trajectory import Trajectory
 from mindseed.tasks.tools import TOOLS
 from mindseed.train.balance import Balance
-from mindseed.train.loop import Fit, Hook, Interrupted, fit
+from mindseed.train.loop import Fit, Hook, fit
 from mindseed.train.native import NativeBackend
 from mindseed.train.state import Checkpoints, restore
 from mindseed.train.step import Run
@@ -55,24 +54,12 @@ Options = RLOptions
 
 
 def main(options: RLOptions) -> int:
-    device = choose_device(options.device)
-    with dist.process_group(device):
-        try:
-            folder = train(options, device)
-        except Interrupted as stop:
-            if dist.is_main():
-                say(f"{stop}. Give the same command with --resume to go on")
-            return 130
-        if dist.is_main():
-            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {shlex.quote(str(folder))}\n")
-    return 0
+    return carried_out(options, train)
 
 
 def train(options: RLOptions, device: torch.device) -> Path:
     """The whole run; returns the model directory. Raises Interrupted when it was asked to stop."""
-    claimed = claim(options, Path(options.out))
-    with alone(Path(options.out)):
-        return train_in(Path(options.out), claimed, options, device)
+    return alone_in_its_folder(options, device, train_in)
 
 
 def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: torch.device) -> Path:

@@ -22,7 +22,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, TypeVar
+from typing import Any, Callable, Iterator, TypeVar
+
+import torch
 
 from mindseed import __version__
 from mindseed.base import config as base_config
@@ -32,8 +34,10 @@ from mindseed.base.files import locked, make_folder, read_json, write_json, writ
 from mindseed.base.hardware import describe_machine
 from mindseed.base.log import open_sinks, read_jsonl, say
 from mindseed.optim.schedule import learning_rate
+from mindseed.recipes.machine import choose_device
 from mindseed.recipes.options import TrainOptions
 from mindseed.recipes.rl_options import RLOptions
+from mindseed.train.loop import Interrupted
 
 AnyOptions = TypeVar("AnyOptions", TrainOptions, RLOptions)
 LONG = ("steps", "minutes", "epochs")             # the options that say how long to train
@@ -121,6 +125,28 @@ def alone(folder: Path) -> Iterator[None]:
         finally:
             if made and [p.name for p in folder.iterdir()] == [".lock"]:         # refused before anything was written
                 shutil.rmtree(folder)
+
+
+def carried_out(options: AnyOptions, train: Callable[[AnyOptions, torch.device], Path]) -> int:
+    """A run from the command line, on one process or on those of torchrun: its exit code."""
+    device = choose_device(options.device)
+    with dist.process_group(device):
+        try:
+            folder = train(options, device)
+        except Interrupted as stop:
+            if dist.is_main():
+                say(f"{stop}. Give the same command with --resume to go on")
+            return 130
+        if dist.is_main():
+            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {shlex.quote(str(folder))}\n")
+    return 0
+
+
+def alone_in_its_folder(options: AnyOptions, device: torch.device, train_in: Callable[..., Path]) -> Path:
+    """`train_in(folder, options with what the run keeps, options as given, device)`, while nobody else writes there."""
+    claimed = claim(options, Path(options.out))
+    with alone(Path(options.out)):
+        return train_in(Path(options.out), claimed, options, device)
 
 
 def say_changes(options: AnyOptions, folder: Path, step: int) -> None:

@@ -12,7 +12,6 @@ the field read.
 from __future__ import annotations
 
 import contextlib
-import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +44,15 @@ from mindseed.plan.flops import flops_per_token
 from mindseed.plan.memory import plan_memory
 from mindseed.plan.params import count_params
 from mindseed.quant.linear import quantize_model, unquantize
-from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
+from mindseed.recipes.machine import DTYPES, choose_precision, warn_if_too_big
 from mindseed.recipes.methods import VALUES, equip, learning, measure, require_kind, source_of
 from mindseed.recipes.model_options import MLAOptions, ModelOptions
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
-from mindseed.recipes.run_folder import alone, begun, claim, open_run, options_of_run, resolved, say_changes
+from mindseed.recipes.run_folder import (alone_in_its_folder, begun, carried_out, open_run, options_of_run,
+                                         resolved, say_changes)
 from mindseed.recipes.training_data import Data, open_data
 from mindseed.train.balance import Balance
-from mindseed.train.loop import Fit, Hook, Interrupted, fit, steps_for_minutes
+from mindseed.train.loop import Fit, Hook, fit, steps_for_minutes
 from mindseed.train.native import NativeBackend
 from mindseed.train.state import Checkpoints, restore
 from mindseed.train.step import Run
@@ -64,24 +64,12 @@ Options = TrainOptions
 
 
 def main(options: TrainOptions) -> int:
-    device = choose_device(options.device)
-    with dist.process_group(device):
-        try:
-            folder = train(options, device)
-        except Interrupted as stop:
-            if dist.is_main():
-                say(f"{stop}. Give the same command with --resume to go on")
-            return 130
-        if dist.is_main():
-            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {shlex.quote(str(folder))}\n")
-    return 0
+    return carried_out(options, train)
 
 
 def train(options: TrainOptions, device: torch.device) -> Path:
     """The whole run; returns the model directory. Raises Interrupted when it was asked to stop."""
-    claimed = claim(options, Path(options.out))
-    with alone(Path(options.out)):
-        return train_in(Path(options.out), claimed, options, device)
+    return alone_in_its_folder(options, device, train_in)
 
 
 def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, device: torch.device) -> Path:
