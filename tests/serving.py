@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -160,3 +161,13 @@ def events(text: str) -> list[dict]:
     assert blocks[-1] == "" and blocks[-2] == "data: [DONE]", text[-300:]
     assert all(block.startswith("data: ") for block in blocks[:-1])
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+def first_words(process: subprocess.Popen) -> str:
+    """What `mindseed serve` prints until it can be asked."""
+    said = ""
+    while "curl" not in said or not said.endswith("\n\n"):
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        said += line
+    return said

@@ -20,7 +20,7 @@ from tests.oracle import GREEDY
 from tests.test_lora import shake
 
 httpx = pytest.importorskip("httpx")
-from tests.serving import random_folder                               # noqa: E402
+from tests.serving import first_words, random_folder                  # noqa: E402
 from tests.test_serve_errors import failed                            # noqa: E402
 
 ASK = [{"role": "user", "content": "hello"}]
@@ -42,11 +42,7 @@ def test_every_adapter_is_a_model_of_its_own(adapters):
     process = subprocess.Popen([sys.executable, "-m", "mindseed", "serve", str(random_folder()), "--port", "0",
                                 "--adapters", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        said = ""
-        while "curl" not in said or not said.endswith("\n\n"):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            said += line
+        said = first_words(process)
         assert "legal" in said and "of mini" in said
         url = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
         with httpx.Client(base_url=url, timeout=120) as http, ThreadPoolExecutor(12) as crowd:

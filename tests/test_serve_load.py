@@ -26,7 +26,7 @@ from mindseed.serve import server as serving
 from mindseed.serve.openai import create_app
 from mindseed.serve.stream import Events, merged
 from mindseed.tokenizers.byte import Byte
-from tests.serving import Running, random_folder, running, served
+from tests.serving import Running, first_words, random_folder, running, served
 
 ENDLESS = {"logit_bias": {"0": -100, "2": -100}, "temperature": 0}
 BODY = {"messages": [{"role": "user", "content": "hi"}], "model": "mini", "max_tokens": 900, **ENDLESS}
@@ -223,11 +223,7 @@ def test_a_server_that_is_told_to_stop_lets_answers_finish():
     process = subprocess.Popen([sys.executable, "-m", "mindseed", "serve", str(folder), "--port", "0"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        said = ""
-        while "curl" not in said or not said.endswith("\n\n"):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            said += line
+        said = first_words(process)
         url = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
         assert "mini" in said and "1024" in said and "tokens" in said and f"{url}/v1/chat/completions" in said
         with httpx.Client(base_url=url, timeout=120) as http:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -61,7 +62,7 @@ class Kept:
         return text
 
 
-class TwoDocuments:
+class TwoDocuments(ABC):
     """Rows of two documents each, in an order of their own each epoch.
 
     `seq_len` limits each document, in slots: of a longer one the end is cut off, as of long conversations in general.
@@ -89,9 +90,9 @@ class TwoDocuments:
             raise UserError(f"nothing is left of any of {self.count:,} {self.what} within {seq_len} tokens; raise "
                             "data.seq_len")
 
+    @abstractmethod
     def sides(self, number: int) -> tuple[Side, Side]:
         """The two documents of a row."""
-        raise NotImplementedError
 
     def slots(self, numbers: Sequence[int]) -> np.ndarray:
         """How many each row takes up."""

@@ -4,7 +4,7 @@ Each group belongs to one `--method`, and is without effect under another, which
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from mindseed.adapt.lora import LoRAConfig
@@ -99,26 +99,16 @@ class DistillOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAOptions:
+class LoRAOptions(LoRAConfig):
     rank: int = option(0, help="learn an adapter of this rank on a frozen base (LoRA); 0: learn the whole model",
                        elsewhere=("lora_rank", "lora_r"))
-    alpha: float = option(16.0, help="size of the update: it is multiplied by alpha / rank", elsewhere=("lora_alpha",))
-    dropout: float = option(0.0, help="share of a matrix's inputs that its update does not see, in training",
-                            elsewhere=("lora_dropout",))
-    targets: tuple[str, ...] = option((), help="which matrices: last names (q, gate) or patterns of whole names "
-                                               "(blocks.*.mixer.q) [all of the blocks]", elsewhere=("target_modules",))
-    rs: bool = option(False, help="multiply by alpha / sqrt(rank) instead, so that large ranks go on learning (rsLoRA)")
-    dora: bool = option(False, help="learn the lengths of rows apart from their directions (DoRA)")
     nf4: bool = option(False, help="keep the base in 4 bits (QLoRA)", elsewhere=("load_in_4bit", "use_qlora"))
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank={self.rank} must be at least 1, or 0 for none")
         if self.rank:
-            self.config()
+            super().__post_init__()
         elif self.nf4:
             raise ValueError("nf4 keeps a base that does not learn: give lora.rank as well")
 
     def config(self) -> LoRAConfig:
-        return LoRAConfig(rank=self.rank, alpha=self.alpha, dropout=self.dropout, targets=self.targets, rs=self.rs,
-                          dora=self.dora)
+        return LoRAConfig(**{f.name: getattr(self, f.name) for f in fields(LoRAConfig)})

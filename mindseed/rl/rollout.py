@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from mindseed.base import dist
-from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.core import Batch
 from mindseed.data.shuffle import key_of
@@ -40,13 +39,12 @@ Baseline = Literal["group", "leave-one-out", "critic"]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    prompts: int = option(16, help="prompts answered before learning from the answers, over all ranks")
-    epochs: int = option(1, help="times that each answer is learnt from")
-    minibatches: int = option(1, help="optimiser steps that the answers of a rollout are cut into, per epoch")
-    dynamic: int = option(1, help="draw up to this many times the prompts, until enough groups hold answers of "
-                                  "different rewards (DAPO's dynamic sampling)")
-    drop_cut: bool = option(False, help="do not learn from answers that were cut at their longest")
-    patience: int = option(20, help="rollouts in a row without a difference between rewards after which the run stops")
+    prompts: int = 16                             # answered before learning, over all ranks
+    epochs: int = 1                               # times that each answer is learnt from
+    minibatches: int = 1                          # optimiser steps that a rollout is cut into, per epoch
+    dynamic: int = 1                              # at most so many times the prompts are drawn until groups differ
+    drop_cut: bool = False                        # do not learn from answers that were cut at their longest
+    patience: int = 20                            # rollouts in a row without a difference of rewards: the run stops
 
     def __post_init__(self) -> None:
         for name in ("prompts", "epochs", "minibatches", "dynamic", "patience"):
