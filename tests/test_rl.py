@@ -2,6 +2,7 @@
 do what one does, and a run stopped in the middle goes on to the bit."""
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ def rollout(model, prompts, judge, config: RolloutConfig, advantage: Advantage, 
                    judge=judge, env=SingleTurn(), play=play, config=config, advantage=advantage, **more)
 
 
-def learner(options: RLOptions, *, critic: str = "head", accumulate: int = 1, seed: int = 0, lr: float = 5e-3) -> Run:
+def learner(options: RLOptions, *, critic: str = "head", accumulate: int = 1, seed: int = 0, lr: float = 5e-3,
+            precision: str = "fp32") -> Run:
     """A run on the bandit as the recipe would build it."""
     options = derive(options)
     model, prompts, judge = bandit()
@@ -85,7 +87,9 @@ def learner(options: RLOptions, *, critic: str = "head", accumulate: int = 1, se
                      accumulate=accumulate, reference=reference, critic=model if model is not policy else None)
     optim = OptimConfig(kind="adamw", weight_decay=0.0)
     objective = objective_of(options)
-    backend = NativeBackend(model.train(), objective, build_optimizers(parameter_groups(model, optim), optim))
+    backend = NativeBackend(model.train(), objective, build_optimizers(parameter_groups(model, optim), optim),
+                            precision=precision)
+    source.autocast = backend.autocast
     return Run(source, objective, backend, schedule=lambda step: lr, accumulate=accumulate, after_step=[source.report])
 
 
@@ -157,6 +161,18 @@ def test_the_ratio_begins_at_one_with_the_engines_own_figures(algorithm, tempera
     metrics = train_step(run)
     assert abs(metrics["ratio"] - 1) < 1e-4 and metrics["clipped"] == 0
     assert metrics["engine_gap"] < 1e-6           # they are the same by now
+
+
+def test_the_ratio_begins_at_one_in_bf16_too():
+    """What is compared with was computed as the loss computes."""
+    def first(blind: bool) -> float:
+        run = learner(options_for("grpo"), precision="bf16")
+        randomise(run.source.policy, 3)
+        if blind:
+            run.source.autocast = contextlib.nullcontext
+        return train_step(run)["kl_old"]
+
+    assert first(blind=False) < 1e-9 < 1e-6 < first(blind=True)
 
 
 def test_engine_and_trainer_agree_and_a_wrong_temperature_shows():

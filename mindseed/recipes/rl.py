@@ -88,6 +88,7 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
         config=RolloutConfig(prompts=rollout.prompts, epochs=rollout.epochs, minibatches=rollout.minibatches,
                              dynamic=rollout.dynamic, drop_cut=rollout.drop_cut, patience=rollout.patience),
         advantage=advantage_of(options), device=device, seed=options.seed,
+        autocast=backend.autocast,
         accumulate=max(1, -(-answers // (options.loop.micro_batch * dist.world_size()))),
         reference=reference_of(options, policy, device), critic=model if model is not policy else None)
     run = Run(source, objective, backend, schedule=learning_rate(options.schedule, peak=options.optim.lr,

@@ -12,6 +12,7 @@ prompts were drawn, and the trajectories that are still to be learnt from. A run
 """
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Literal, Sequence
@@ -90,6 +91,7 @@ class Rollout:
     reference: Forward | None = None
     critic: Forward | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext      # as the trainer computes
     before: Callable[[], None] | None = None      # brings the engine's weights up to date, if they are not the policy's
     seed: int = 0
     drawn: int = 0                                # prompts so far, over all ranks
@@ -122,7 +124,8 @@ class Rollout:
             if self.barren >= self.config.patience:
                 raise UserError(hopeless(self.barren, all_))
             if kept:
-                self.weigh(kept)
+                with self.autocast():             # or the first ratio would not be 1
+                    self.weigh(kept)
         self.metrics = summary(all_, kept, self.play.answers) | self.metrics
         self.metrics["rollout_tokens_per_s"] = sum(t.length for t in all_) / (time.monotonic() - began)
         for epoch in range(self.config.epochs if kept else 0):
