@@ -109,6 +109,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
         "optim.kind": options.optim.kind} | ({} if options.method == "sft" else {"method": options.method})
         | ({"distill": [bool(options.distill.states), bool(options.distill.relations), list(options.distill.layers)]}
            if options.method == "distill" else {})
+        | ({"optim.layer_decay": options.optim.layer_decay} if options.optim.layer_decay < 1 else {})
         | ({"optim.states": "8bit"} if options.optim.states == "8bit" else {})    # pages keep what fp32 keeps
         | ({"lora": vars(options.lora) | {"targets": list(options.lora.targets)}} if options.lora.rank else {}))
     resumed = resume(options, run, ema, checkpoints)
