@@ -156,9 +156,9 @@ def main() -> None:
     report(NAME, "Post-training on the embedded world, three seeds", [
         "model", "held-out questions right, %", "held-out pairs the right way round, %"], rows, page=RESULTS,
         command="python -m benchmarks.post_training",
-        notes=f"Mean (lowest to highest) over seeds {', '.join(map(str, seeds))}. All begin with `start`, a fine-tuning "
-              f"of {START_STEPS} steps. A pair is the right way round if the chosen answer is likelier per token, or "
-              "better rewarded.")
+        notes=f"Mean (lowest to highest) over seeds {', '.join(map(str, seeds))}. All begin with `start`, a "
+              f"fine-tuning of {START_STEPS} steps. A pair is the right way round if the chosen answer is likelier per "
+              "token, or better rewarded.")
 
 
 def told(values: list[float]) -> str:
