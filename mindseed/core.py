@@ -234,7 +234,8 @@ class ChunkedHead(torch.autograd.Function):
     def backward(ctx, g_logps: Tensor, g_lse: Tensor):
         h, w, targets, lse = ctx.saved_tensors
         g_hidden = torch.empty_like(h)
-        g_head = torch.zeros(w.shape, dtype=lse.dtype, device=w.device)
+        learns = ctx.needs_input_grad[1]                                          # not under an adapter
+        g_head = torch.zeros(w.shape, dtype=lse.dtype, device=w.device) if learns else None
         for i in range(0, len(h), ctx.chunk):
             at = slice(i, i + ctx.chunk)
             here = h[at].to(w.dtype)
@@ -243,5 +244,6 @@ class ChunkedHead(torch.autograd.Function):
             grad.scatter_add_(-1, targets[at, None], g_logps[at, None])
             grad = grad.to(w.dtype)
             g_hidden[at] = grad @ w
-            g_head += grad.T @ here
-        return g_hidden, g_head.to(ctx.head_dtype), None, None, None
+            if learns:
+                g_head += grad.T @ here
+        return g_hidden, g_head.to(ctx.head_dtype) if learns else None, None, None, None

@@ -143,7 +143,7 @@ class TrainMemory:
     ema: int
     casts: int                   # copies of the weights in the narrow dtype, kept by autocast until the step ends
     activations: int
-    logits: int                  # one chunk in both dtypes, and the head's gradient in float32
+    logits: int                  # one chunk in both dtypes, and the head's gradient in float32 if it learns
 
     @property
     def total(self) -> int:
@@ -175,7 +175,8 @@ def plan_memory(config: LMConfig, *, batch_size: int, seq_len: int, itemsize: in
         casts=casts,
         activations=int(tokens * activation_bytes_per_token(config, itemsize=itemsize, recompute=recompute,
                                                             lora_rank=lora_rank)),
-        logits=rows * config.vocab_size * (itemsize + WIDE) + WIDE * config.vocab_size * config.dim)
+        logits=rows * config.vocab_size * (itemsize + WIDE)
+        + (0 if lora_rank else WIDE * config.vocab_size * config.dim))
 
 
 def optimizer_bytes(config: LMConfig, optimizer: str, *, states: str = "fp32", lora_rank: int = 0,
