@@ -19,6 +19,7 @@ from mindseed.interop.gguf_read import logits, nearest, read_gguf
 from mindseed.interop.gguf_vocab import CONTROL, LLAMA3, NORMAL, UNUSED, USER_DEFINED, pre_tokenizer
 from mindseed.interop.qwen3 import QWEN3
 from mindseed.interop.rules import translate, write_names
+from mindseed.models.heads import add_value_head
 from mindseed.models.lm import build
 from mindseed.models.presets import LatentShape, Shape
 from mindseed.nn.moe import MoEConfig
@@ -278,6 +279,13 @@ def test_models_llama_cpp_cannot_run(tmp_path, capsys, tokenizer, shape, rope, c
     assert main(["convert", str(source), str(tmp_path / "seed"), "--to", "gguf"]) == 2
     err = capsys.readouterr().err
     assert "llama.cpp cannot run this model as" in err and words in err, err
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_reward_model_is_no_language_model(tmp_path, capsys, tokenizer):
+    source = save_directory(add_value_head(model_of(SHAPE, tokenizer)), tokenizer, tmp_path / "source")
+    assert main(["convert", str(source), str(tmp_path / "seed"), "--to", "gguf"]) == 2
+    assert "gives rewards, not texts" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 

@@ -72,6 +72,8 @@ class Written:
 def write_gguf(loaded: Loaded, file: Path, *, kind: str, name: str, drop_mtp: bool = False) -> list[Written]:
     """Write the file, of a `kind` in KINDS. UserError if llama.cpp cannot run this model or its tokenizer."""
     model, architecture = loaded.model, architecture_of(loaded.model.config, drop_mtp=drop_mtp)
+    if model.value_head is not None:
+        raise UserError("this model gives rewards, not texts: a GGUF file has no place for its value head")
     with extra("gguf"):
         import gguf
     writer, written = gguf.GGUFWriter(file, architecture), []
