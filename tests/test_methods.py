@@ -126,6 +126,12 @@ def test_the_adapter_alone_and_the_merged_model_are_the_same(place, tmp_path):
     x = torch.randint(0, 400, (2, 9))
     at = torch.arange(9).expand(2, 9)
     assert torch.allclose(base.eval()(x, at).logits(), merged(x, at).logits(), atol=1e-4)
+    asked = ("--prompt", "What is 2+3?", "--max_new", 12, "--temperature", 0, "--logps")
+    told = [finish(mindseed("generate", *where, *asked)) for where in (
+        (tmp_path / "run/model",), (place / "model", "--adapter", tmp_path / "run/adapter"), (place / "model",))]
+    merged, apart, plain = (json.loads(said.splitlines()[-1]) for said in told)
+    assert merged["ids"] == apart["ids"] and apart["logps"] == pytest.approx(merged["logps"], abs=1e-4)
+    assert plain["logps"] != pytest.approx(merged["logps"], abs=1e-3)
 
 
 def test_the_reference_is_asked_once_or_live_for_the_same_losses(place, tmp_path):

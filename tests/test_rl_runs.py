@@ -7,7 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from mindseed.adapt.peft import load_adapter
 from mindseed.data.toy import World
 from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.lm import build
@@ -79,6 +81,27 @@ def test_the_model_of_a_run_is_a_model_directory_and_rewards_rise(start, tmp_pat
     assert sum(rewards[-4:]) > 1.3 * sum(rewards[:4])
     loaded = load_directory(tmp_path / "run" / "model")
     assert loaded.model.value_head is None and loaded.info["algorithm"] == "grpo"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_an_adapter_learns_alone_and_goes_on_to_the_bit(start, tmp_path, algorithm):
+    more = {"algorithm": algorithm, "lora__rank": 4, "policy__kl": 0.05, "steps": 6}
+    finish(rl(start, tmp_path / "whole", **more))
+    assert kill_after(rl(start, tmp_path / "parts", **more), tmp_path / "parts", 3) != 0
+    said = finish(rl(start, tmp_path / "parts", "--resume", **more))
+    assert "going on from" in said and "adapter alone is in" in said
+    names = ("loss", "grad_norm", "reward", "heldout/vowels", "ratio")
+    assert figures(tmp_path / "parts", *names) == figures(tmp_path / "whole", *names)
+    first = [ratio for _, ratio, reward in figures(tmp_path / "whole", "ratio", "reward") if ratio and reward is not None]
+    assert first and first == pytest.approx([1] * len(first), abs=1e-5)                  # of every rollout
+    base, merged = (load_directory(path).model for path in (start / "model", tmp_path / "whole/model"))
+    assert torch.equal(base.embed.weight, merged.embed.weight)
+    x = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(0))
+    at = torch.arange(9).expand(2, 9)
+    before = base.eval()(x, at).logits()
+    load_adapter(base, tmp_path / "whole/adapter")
+    assert not torch.allclose(before, merged(x, at).logits(), atol=1e-5)
+    assert torch.allclose(base.eval()(x, at).logits(), merged(x, at).logits(), atol=1e-4)
 
 
 def test_tools_are_carried_out_and_the_log_tells_each_term(start, tmp_path):

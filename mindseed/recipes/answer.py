@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from mindseed.adapt.lora import merge
+from mindseed.adapt.peft import load_adapter
 from mindseed.base.config import option
 from mindseed.base.errors import UserError
 from mindseed.base.log import warn
@@ -21,6 +23,8 @@ class AnswerOptions:
     model: str = option("", help="the model directory", positional=True, elsewhere=(
         "load_from", "weight", "model_path", "model_name_or_path",
         *(f"{name} DIRECTORY, which says its shape" for name in ("hidden_size", "num_hidden_layers", "use_moe"))))
+    adapter: str | None = option(None, help="an adapter of the model (LoRA), merged into it: its folder",
+                                 elsewhere=("lora_weight", "lora_name", "adapter_name_or_path"))
     temperature: float | None = option(None, help="0: always the likeliest token; higher: bolder [the model's]")
     top_k: int | None = option(None, help="choose among the k likeliest tokens; 0: all [the model's]")
     top_p: float | None = option(None, help="choose among the likeliest with this much probability [the model's]")
@@ -44,7 +48,11 @@ class AnswerOptions:
                   "auto": torch.float32 if device.type == "cpu" else torch.bfloat16}
         if self.dtype not in dtypes:
             raise UserError(f"dtype={self.dtype!r} is not known; choose one of {', '.join(dtypes)}")
-        return load_directory(self.model, dtype=dtypes[self.dtype], device=device)
+        loaded = load_directory(self.model, dtype=dtypes[self.dtype], device=device)
+        if self.adapter is not None:
+            load_adapter(loaded.model, self.adapter)
+            merge(loaded.model, keep=False)
+        return loaded
 
     def engine(self, loaded: Loaded, *, max_seqs: int) -> Engine:
         """What answers with the model, `max_seqs` answers at once."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mindseed.adapt.lora import base_of
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.hardware import peak
@@ -33,6 +34,7 @@ from mindseed.models.describe import describe
 from mindseed.models.heads import add_value_head, score
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
+from mindseed.recipes import adapter
 from mindseed.recipes.machine import DTYPES, choose_precision
 from mindseed.recipes.rl_options import RLOptions, advantage_of, derive, objective_of
 from mindseed.recipes.run_folder import alone_in_its_folder, carried_out, open_run, options_of_run, say_changes
@@ -68,8 +70,11 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
     loaded = load_directory(options.model.start, device=device)
     model, policy = open_models(options, loaded, device)
+    cover = adapter.adapt(policy, options.lora, options.seed)
     prompts, heldout = open_prompts(options, loaded)
-    say_what(options, loaded, prompts, heldout)
+    if dist.is_main():
+        say_what(options, loaded, prompts, heldout)
+        adapter.show(cover, options.lora)
 
     objective = objective_of(options)
     groups = parameter_groups(model, options.optim)
@@ -96,7 +101,7 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
               device=device, accumulate=source.accumulate, balance=Balance(policy), after_step=[source.report])
     checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
         "model": config_to_dict(policy.config), "tokenizer": loaded.tokenizer.hash(), "algorithm": options.algorithm,
-        "optim.kind": options.optim.kind})
+        "optim.kind": options.optim.kind} | adapter.fingerprint(options.lora))
     resumed = None
     if options.resume != "never" and (newest := checkpoints.newest()) is not None:
         resumed, saved = newest
@@ -154,6 +159,8 @@ def reference_of(options: RLOptions, policy: Any, device: torch.device):
     """A frozen copy of what the run began with, or another model; None if nothing asks for it."""
     if not options.policy.kl:
         return None
+    if options.lora.rank and not options.model.reference:
+        return base_of(policy)
     if options.model.reference or options.resume != "never":
         reference = load_directory(options.model.reference or options.model.start, device=device).model
     else:
@@ -238,8 +245,6 @@ def shown(samples: list[Sample]) -> dict[str, str]:
 
 
 def say_what(options: RLOptions, loaded: Loaded, prompts: Prompts, heldout: Prompts | None) -> None:
-    if not dist.is_main():
-        return
     r, p = options.rollout, options.policy
     say(f"model      {options.model.start}: {describe(loaded.model.config)}")
     say(f"prompts    {len(prompts):,} to learn from, {len(heldout or ()):,} to measure on")
@@ -257,6 +262,8 @@ def finish(options: RLOptions, loaded: Loaded, policy: Any, run: Run, folder: Pa
     if dist.is_main():
         policy.eval()
         policy.value_head = None                  # the critic's, of no use to whoever talks to the policy
+        if options.lora.rank:
+            adapter.hang_up(policy, folder, base=options.model.start, seed=options.seed)
         save_directory(policy, loaded.tokenizer, out, **loaded.kept, info={
             "parent": str(options.model.start), "data": list(options.data.train), "seed": options.seed,
             "steps": run.step, "algorithm": options.algorithm})

@@ -15,6 +15,7 @@ from mindseed.objectives.ppo import PPO
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes.options import PrecisionChoice, Resume
+from mindseed.recipes.post_options import LoRAOptions
 from mindseed.rl.advantages import Scale
 from mindseed.rl.rollout import Advantage, Baseline
 
@@ -153,6 +154,7 @@ class RLOptions:
     rollout: SamplingOptions = field(default_factory=SamplingOptions)
     reward: RewardOptions = field(default_factory=RewardOptions)
     policy: PolicyOptions = field(default_factory=PolicyOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: RLLoop = field(default_factory=RLLoop)

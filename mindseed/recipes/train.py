@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from mindseed.adapt.lora import Coverage, add_adapter, merge
-from mindseed.adapt.peft import save_adapter
+from mindseed.adapt.lora import Coverage
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.hardware import peak
@@ -43,7 +42,7 @@ from mindseed.optim.schedule import learning_rate
 from mindseed.plan.flops import flops_per_token
 from mindseed.plan.memory import plan_memory
 from mindseed.plan.params import count_params
-from mindseed.quant.linear import quantize_model, unquantize
+from mindseed.recipes import adapter
 from mindseed.recipes.machine import DTYPES, choose_precision, warn_if_too_big
 from mindseed.recipes.methods import VALUES, equip, learning, measure, require_kind, source_of
 from mindseed.recipes.model_options import MLAOptions, ModelOptions
@@ -79,7 +78,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
     data = open_data(options, run_folder)
     model, parent = open_model(options, data.tokenizer, device)
     equip(model, options)
-    cover = adapt(model, options)
+    cover = adapter.adapt(model, options.lora, options.seed)
     facts = {"params": count_params(model.config).active, "rows_per_epoch": len(data.rows), "world": dist.world_size()}
     options = derive(options, **facts)
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
@@ -111,7 +110,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
            if options.method == "distill" else {})
         | ({"optim.layer_decay": options.optim.layer_decay} if options.optim.layer_decay < 1 else {})
         | ({"optim.states": "8bit"} if options.optim.states == "8bit" else {})    # pages keep what fp32 keeps
-        | ({"lora": vars(options.lora) | {"targets": list(options.lora.targets)}} if options.lora.rank else {}))
+        | adapter.fingerprint(options.lora))
     resumed = resume(options, run, ema, checkpoints)
     if resumed and run.step >= options.loop.steps and (run_folder / "model").exists():
         if dist.is_main():
@@ -230,15 +229,6 @@ def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkp
     return path
 
 
-def adapt(model: LM, options: TrainOptions) -> Coverage | None:
-    """Freeze the model beneath an adapter, if one is asked for; in 4 bits, if that is."""
-    if not options.lora.rank:
-        return None
-    if options.lora.nf4:
-        quantize_model(model)
-    return add_adapter(model, options.lora.config(), seed=options.seed)
-
-
 def validation(options: TrainOptions, backend: NativeBackend, objective: Objective, data: Data, ema: EMA | None):
     """Bits per byte on held-out documents: of each entry by name, and over all bytes. With another method than
     fine-tuning what its loss says of held-out rows."""
@@ -311,9 +301,7 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     parts = data.rows.parts if isinstance(data.rows, Mixture) else [data.rows]
     for name, part in zip(data.names, parts):
         say(f"packing    {name}: {part.stats}")
-    if cover:
-        table("adapter", cover.HEADER, cover.rows)
-        say(f"adapter    {cover}" + (", on a base in 4 bits" if options.lora.nf4 else ""))
+    adapter.show(cover, options.lora)
     tokens = loop.batch * options.data.seq_len
     say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, "
         f"in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
@@ -348,7 +336,7 @@ def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data,
             ema.swap()
         model.eval()
         if options.lora.rank:
-            hang_up(options, model, folder)
+            adapter.hang_up(model, folder, base=options.model.start, seed=options.seed)
         info = {"parent": str(options.model.start)} if parent else {}
         info |= {} if options.method == "sft" else {"method": options.method}
         save_directory(model, data.tokenizer, out, **spoken(data, parent), info=info | {
@@ -358,15 +346,6 @@ def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data,
             ema.swap()
     dist.barrier()
     return out
-
-
-def hang_up(options: TrainOptions, model: LM, folder: Path) -> None:
-    """Write the adapter alone, and merge it into the model that is saved whole."""
-    if model.value_head is None:
-        save_adapter(model, folder / "adapter", base=options.model.start, info={"seed": options.seed})
-        say(f"the adapter alone is in {folder / 'adapter'}")
-    unquantize(model)
-    merge(model, keep=False)
 
 
 def spoken(data: Data, parent: Loaded | None) -> dict[str, Any]:
