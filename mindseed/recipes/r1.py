@@ -3,11 +3,12 @@
   mindseed r1 configs/r1-toy.toml                  over what `mindseed demo` has grown; goes on where it stopped
   mindseed r1 configs/r1-toy.toml --zero           reinforcement learning straight on the base, as R1-Zero
 
-    cold start    the base is fine-tuned on some conversations with traces of thought, so that it thinks in a readable
-    form rl            rules reward right answers and that form; nobody shows it how to think rejection     what it
-    answers now: right and readable answers become lessons again         the base is fine-tuned anew, on those and on
-    general conversations rl again      rewards over all prompts student       a smaller model learns from the last
-    one's answers
+    cold start  the base is fine-tuned on some conversations with traces of thought, so that it thinks readably
+    rl          rules reward right answers and that form; nobody shows it how to think
+    rejection   what it answers now: right and readable answers become lessons
+    again       the base is fine-tuned anew, on those and on general conversations
+    rl again    rewards over all prompts
+    student     a smaller model learns from the last one's answers
 
 Every stage is graded on the held-out problems and stands in summary.json beside the length of its
 answers; the curves of each run are in the studio. A stage that is done is not done again.
@@ -124,6 +125,10 @@ def check(options: Options) -> None:
     needed = ["problems", "heldout"] + ([] if options.zero else ["traces", "general"])
     if missing := [name for name in needed if not getattr(options.data, name)]:
         raise UserError(f"data.{missing[0]} is empty: name files; configs/r1-toy.toml shows which")
+    there = {p.row.get("family") for p in read_prompts(options.data.problems)}
+    if unknown := set(options.data.families) - there:
+        raise UserError(f"data.families names {', '.join(sorted(unknown))}, of which data.problems has no problem; it "
+                        f"has {', '.join(sorted(map(str, there)))}")
 
 
 class Pipeline:

@@ -1,0 +1,135 @@
+"""The R1 pipeline on a world of one answer: every stage makes what the next one needs, and is not made twice."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mindseed.base.errors import UserError
+from mindseed.interop.directory import load_directory, save_directory
+from mindseed.models.lm import build
+from mindseed.models.presets import Shape
+from mindseed.recipes import r1
+from mindseed.recipes.model_options import ModelOptions
+from mindseed.tasks.verify import thought_first
+from mindseed.tokenizers import bpe_train
+from mindseed.train.loop import Interrupted
+
+COLOURS = ("red", "blue", "green", "white")
+
+
+def problem(i: int) -> dict:
+    return {"question": f"Is {COLOURS[i % 4]} a colour, number {i}?", "answer": "yes it is"}
+
+
+def trace(i: int, thought: str | None) -> dict:
+    said = {"role": "assistant", "content": "yes it is", **({"reasoning_content": thought} if thought else {})}
+    return {"conversations": [{"role": "user", "content": problem(i)["question"]}, said]}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> r1.Options:
+    folder = tmp_path_factory.mktemp("r1")
+
+    def write(name: str, rows: list[dict]) -> tuple[str, ...]:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return (str(folder / name),)
+
+    problems = [problem(i) for i in range(40)]
+    chats = [trace(i, f"{COLOURS[i % 4]} is one" if i % 3 else None) for i in range(60)]
+    write("plain.jsonl", [trace(0, None)])
+    tokenizer = bpe_train.train((json.dumps(row) for row in chats), vocab_size=320)
+    model = build(Shape(layers=2, dim=48, heads=3, kv_heads=1, head_dim=16, ffn_dim=64).lm_config(
+        vocab_size=tokenizer.vocab_size, seq_len=192), seed=0)
+    save_directory(model, tokenizer, folder / "base")
+    lesson = r1.LessonOptions(steps=60, batch=8, lr=5e-3)
+    reinforce = r1.ReinforceOptions(steps=4, prompts=4, answers=4, max_new=32)
+    return r1.Options(
+        out=str(folder / "run"), base=str(folder / "base"), device="cpu", samples=2, optimizer="adamw", tag_weight=2.0,
+        data=r1.R1Data(problems=write("problems.jsonl", problems), heldout=write("heldout.jsonl", problems[:8]),
+                       traces=write("traces.jsonl", chats), general=write("general.jsonl", chats), seq_len=128),
+        cold=lesson, first=reinforce, again=lesson, second=reinforce, small=replace(lesson, steps=20),
+        student=ModelOptions(layers=1, dim=32, heads=2, kv_heads=1, head_dim=16, ffn_dim=48))
+
+
+def stages(options: r1.Options) -> dict[str, dict]:
+    return {row["stage"]: row for row in json.loads((Path(options.out) / "summary.json").read_text())["stages"]}
+
+
+@pytest.fixture(scope="module")
+def ran(options) -> r1.Options:
+    assert r1.main(replace(options, until="rl")) == 0
+    assert list(stages(options)) == ["base", "cold-start", "rl"]
+    assert r1.main(options) == 0                  # goes on
+    return options
+
+
+def test_every_stage_is_run_and_graded(ran):
+    found = stages(ran)
+    assert list(found) == ["base", *(name for name in r1.STAGES if name != "rejection")]
+    assert found["base"]["right"] == 0
+    assert found["cold-start"]["right"] > 50 and found["cold-start"]["thinks"] > 50 and found["rl-again"]["right"] > 50
+    student, base = (load_directory(path).model for path in (Path(ran.out) / "student/model", Path(ran.base)))
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in base.parameters())
+
+
+def test_lessons_are_the_right_answers_and_no_two_alike(ran):
+    rows = [json.loads(line) for line in (Path(ran.out) / "rejection/lessons.jsonl").read_text().splitlines()]
+    assert rows and all(row["messages"][-1]["content"] == "yes it is" for row in rows)
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+    traces = [json.loads(line) for line in (Path(ran.out) / "cold-start-traces.jsonl").read_text().splitlines()]
+    assert traces and all(row["conversations"][-1].get("reasoning_content") for row in traces)
+
+
+def test_what_is_done_is_not_done_again(ran):
+    files = [*Path(ran.out).rglob("model.safetensors"), *Path(ran.out).rglob("log.jsonl")]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert r1.main(ran) == 0
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+
+
+def test_other_options_are_refused_in_the_same_folder(ran):
+    with pytest.raises(UserError, match="other options .samples differs"):
+        r1.main(replace(ran, samples=3))
+
+
+def test_zero_begins_with_the_base(options, tmp_path):
+    """The base is already a model that answers, as a pretrained one may: here, the cold start's."""
+    zero = replace(options, out=str(tmp_path / "zero"), zero=True, base=str(Path(options.out) / "cold-start/model"))
+    if not Path(zero.base).exists():
+        pytest.skip("the pipeline has not run")
+    assert r1.main(zero) == 0
+    assert list(stages(zero)) == ["base", "rl"]
+
+
+def test_interrupted_is_told_and_goes_on(options, tmp_path, monkeypatch, capsys):
+    here, real = replace(options, out=str(tmp_path / "run"), until="cold-start"), r1.train.train
+
+    def stopped(*_):
+        raise Interrupted("stopped by SIGINT")
+
+    monkeypatch.setattr(r1.train, "train", stopped)
+    assert r1.main(here) == 130
+    assert "Give the same command again to go on" in capsys.readouterr().out
+    monkeypatch.setattr(r1.train, "train", real)
+    assert r1.main(here) == 0
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda o: replace(o, base=None), "which base model"),
+    (lambda o: replace(o, data=replace(o.data, heldout=())), "data.heldout is empty"),
+    (lambda o: replace(o, data=replace(o.data, traces=())), "data.traces is empty"),
+    (lambda o: replace(o, data=replace(o.data, traces=(o.data.general[0].replace("general", "plain"),))),
+     "hold no conversation with thoughts"),
+    (lambda o: replace(o, data=replace(o.data, families=("sums",))), "sums")])
+def test_what_is_missing_is_said(options, tmp_path, change, says):
+    with pytest.raises(UserError, match=says):
+        r1.main(change(replace(options, out=str(tmp_path / "run"), until="rl", cold=r1.LessonOptions(steps=2))))
+
+
+def test_thinking_first_is_one_block_and_an_answer():
+    assert thought_first("<think>\nwell\n</think>\n\nyes")
+    assert not thought_first("yes") and not thought_first("<think>\n\n</think>\n\nyes")
+    assert not thought_first("<think>a</think><think>b</think>yes") and not thought_first("<think>a</think>")
