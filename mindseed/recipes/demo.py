@@ -146,7 +146,7 @@ def pretraining(options: Options, folder: Path) -> TrainOptions:
                          seq_len=CONTEXT, heldout=0.02),
         optim=OptimConfig(lr=1e-2, weight_decay=0.05),
         schedule=ScheduleConfig(kind="wsd", warmup_steps=20, decay=0.2, final=0.3),
-        loop=LoopOptions(steps=scaled(250, options), batch=8, validate_documents=100, sample_every=0,
+        loop=LoopOptions(steps=scaled(220, options), batch=8, validate_documents=100, sample_every=0,
                          validate_every=scaled(50, options)))
 
 
@@ -157,7 +157,7 @@ def fine_tuning(options: Options, folder: Path) -> TrainOptions:
         data=replace(base.data, train=(str(folder / "world" / "conversations.jsonl"),
                                        str(folder / "pretrain" / "data" / "0-pretrain")), weights=(0.8, 0.2)),
         schedule=ScheduleConfig(kind="linear", warmup_steps=20, final=0.02),
-        loop=replace(base.loop, steps=scaled(440, options)))
+        loop=replace(base.loop, steps=scaled(360, options)))
 
 
 def preferring(options: Options, folder: Path) -> TrainOptions:
