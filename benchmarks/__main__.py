@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ALL = ("train_step", "packing", "engine", "speculation", "serving", "bpe_training", "moe", "optimizers",
-       "qlora")
+       "qlora", "post_step")
 
 
 def main() -> int:

@@ -92,8 +92,9 @@ def test_an_adapter_learns_alone_and_goes_on_to_the_bit(start, tmp_path, algorit
     assert "going on from" in said and "adapter alone is in" in said
     names = ("loss", "grad_norm", "reward", "heldout/vowels", "ratio")
     assert figures(tmp_path / "parts", *names) == figures(tmp_path / "whole", *names)
-    first = [ratio for _, ratio, reward in figures(tmp_path / "whole", "ratio", "reward") if ratio and reward is not None]
-    assert first and first == pytest.approx([1] * len(first), abs=1e-5)                  # of every rollout
+    rows = figures(tmp_path / "whole", "ratio", "reward")
+    first = [ratio for _, ratio, reward in rows if ratio and reward is not None]         # the first step of a rollout
+    assert first and first == pytest.approx([1] * len(first), abs=1e-5)
     base, merged = (load_directory(path).model for path in (start / "model", tmp_path / "whole/model"))
     assert torch.equal(base.embed.weight, merged.embed.weight)
     x = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(0))

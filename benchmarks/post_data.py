@@ -1,0 +1,60 @@
+"""What the benchmark of post-training learns from: the embedded world as careless people would have written it down.
+
+A fine-tuned model answers as its examples do. Here three answers of five are given three times over, so a model that
+was fine-tuned on them knows what is right and seldom says it plainly. That is what comes after fine-tuning is for: to
+tell which of the things a model does are wanted. The questions, the truths and the border between what is trained and
+what is held out are the embedded world's own (data/toy.py).
+"""
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Iterable
+
+from mindseed.base.files import write_text
+from mindseed.data import toy_chat
+from mindseed.data.toy import ROWS, World
+from mindseed.data.toy_text import SPACE
+from mindseed.data.toy_words import LANGS
+
+CARELESS = 0.6                                    # share of the answers that are given three times over
+SMALL = 1_000                                     # conversations that the students of a teacher see, again and again
+
+
+def careless(row: dict, rng: random.Random) -> dict:
+    """A conversation, some of its answers three times over; calls of tools are left as they are."""
+    said, lang = [], "en"
+    for message in row["conversations"]:
+        if message["role"] == "user":
+            lang = "en" if message["content"].isascii() else "zh"
+        if message["role"] == "assistant" and message["content"] and rng.random() < CARELESS:
+            message = {**message, "content": SPACE[lang].join([message["content"]] * 3)}
+        said.append(message)
+    return {**row, "conversations": said}
+
+
+def careless_rows(world: World, first: int, end: int) -> Iterable[dict]:
+    rng = random.Random(f"careless/{world.seed}/{first}")
+    return (careless(row, rng) for row in list(world.conversations(end))[first:])
+
+
+def tool_rows(world: World, n: int) -> Iterable[dict]:
+    """Conversations with two calls of tools each: a domain of its own."""
+    for i in range(n):
+        rng = world.facts.rng(f"tool domain/{i}")
+        yield {"conversations": toy_chat.tool_session(world.facts, rng, rng.choice(LANGS))}
+
+
+def write(path: Path, rows: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """Beside the world's own files: careless.jsonl, small.jsonl (the first of them), tools.jsonl, unseen.jsonl."""
+    world, n = World(seed), ROWS["conversations"]
+    rows = list(careless_rows(world, 0, n))
+    write(folder / "small.jsonl", rows[:SMALL])
+    write(folder / "tools.jsonl", tool_rows(world, 1_500))
+    write(folder / "unseen.jsonl", careless_rows(world, n, n + 300))
+    write(folder / "careless.jsonl", rows)
