@@ -3,6 +3,7 @@ is wrong."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,13 @@ def test_pairs_that_teach_nothing_are_named(place, tmp_path):
     said = finish(command(place, tmp_path / "run", "dpo", data__train=file, data__max_skipped=0), code=2)
     assert all(f"some.jsonl:{len(good) + i}" in said for i in (1, 2, 3))
     assert all(word in said for word in ("are the same", "no prompt in common", "is empty")), said
+
+
+def test_uneven_kinds_of_judged_answers_are_told(place, tmp_path):
+    said = finish(command(place, tmp_path / "even", "kto", steps=1))
+    assert re.search(r"judged +\d+ good answers, \d+ bad ones", said)
+    said = finish(command(place, tmp_path / "uneven", "kto", steps=1, kto__desirable=4.0))
+    assert "as much as bad ones together" in said and re.search(r"--kto.undesirable [34]", said)
 
 
 def test_options_of_another_method_are_told_to_be_idle(place, tmp_path):

@@ -15,7 +15,7 @@ from mindseed.adapt.lora import base_of
 from mindseed.adapt.lowrank import LowRank
 from mindseed.base import dist
 from mindseed.base.errors import UserError
-from mindseed.base.log import warn
+from mindseed.base.log import say, warn
 from mindseed.core import Objective, Source
 from mindseed.data.loader import Evaluation, Once, PackedRows, Rows, RowSource
 from mindseed.data.mix import Mixture
@@ -30,6 +30,7 @@ from mindseed.objectives.kto import KTO
 from mindseed.objectives.reward import ProcessReward, Reward
 from mindseed.objectives.sft import SFT
 from mindseed.recipes.options import TrainOptions
+from mindseed.recipes.post_options import KTOOptions
 from mindseed.rl.env import Play
 from mindseed.rl.on_policy import OnPolicy
 from mindseed.rl.prompts import Prompts, read_prompts
@@ -121,9 +122,25 @@ def learning(options: TrainOptions, model: LM, rows: Rows, heldout: dict[str, An
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return model(ids, positions)
 
+    if dist.is_main():
+        tell_kinds(rows, given)
     kto = KTO(policy=policy, reference=reference, beta=given.beta, desirable=given.desirable,
               undesirable=given.undesirable, over_ranks=dist.sum_over_ranks)
     return Learning(objective=kto, rows=rows, heldout=heldout)
+
+
+def tell_kinds(rows: Rows, given: KTOOptions) -> None:
+    """How many answers are good and bad. A warning if one kind would outweigh the other: the paper (2402.01306) wants
+    the good ones' weight together to be 1 to 4/3 of the bad ones'."""
+    kinds = [part.kinds() for part in (rows.parts if isinstance(rows, Mixture) else [rows])]
+    good, bad = (sum(one[name] for one in kinds) for name in ("desirable", "undesirable"))
+    say(f"judged     {good:,} good answers, {bad:,} bad ones")
+    share = given.desirable * good / max(given.undesirable * bad, 1e-9)
+    if not 0.99 <= share <= 4 / 3 + 0.01:
+        kind, weight = ("desirable", given.undesirable * bad / max(good, 1)) if share < 1 else (
+            "undesirable", given.desirable * good / max(bad, 1))
+        warn(f"good answers weigh {share:.3g} times as much as bad ones together, where 1 to 1.33 is advised; "
+             f"--kto.{kind} {weight:.3g} would even them out")
 
 
 def reference_of(options: TrainOptions, named: str | None, model: LM, device: torch.device) -> tuple[Any, str]:
