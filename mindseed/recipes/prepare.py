@@ -1,8 +1,9 @@
 """Tokenise files once into a folder of memory-mapped shards, from which `train` and `show-batch` read.
 
 Files are .jsonl, .jsonl.gz, .jsonl.zst, .parquet and .txt, or folders and globs of them. Rows are texts,
-conversations (messages, conversations, Alpaca) or preference pairs. A killed run continues where it stopped when the
-same command is given again; a finished one does nothing.
+conversations (messages, conversations, Alpaca), preference pairs (chosen, rejected), answers judged one by one (prompt,
+completion, label) or in steps (prompt, steps, labels). A killed run continues where it stopped when the same command is
+given again; a finished one does nothing.
 """
 from __future__ import annotations
 
