@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Iterable
 
 from mindseed.base.files import write_text
-from mindseed.data import toy_chat
+from mindseed.data import toy_chat, toy_words
 from mindseed.data.toy import ROWS, World
 from mindseed.data.toy_text import SPACE
 from mindseed.data.toy_words import LANGS
 
 CARELESS = 0.6                                    # share of the answers that are given three times over
+PAIRS = 10_000                                    # for the reward model; DPO learns from the first 2,000 of them
 SMALL = 1_000                                     # conversations that the students of a teacher see, again and again
 
 
@@ -39,11 +40,19 @@ def careless_rows(world: World, first: int, end: int) -> Iterable[dict]:
     return (careless(row, rng) for row in list(world.conversations(end))[first:])
 
 
-def tool_rows(world: World, n: int) -> Iterable[dict]:
-    """Conversations with two calls of tools each: a domain of its own."""
+def translations(world: World, n: int) -> Iterable[dict]:
+    """Translations alone, each said once: a domain."""
     for i in range(n):
-        rng = world.facts.rng(f"tool domain/{i}")
-        yield {"conversations": toy_chat.tool_session(world.facts, rng, rng.choice(LANGS))}
+        rng = world.facts.rng(f"domain/{i}")
+        item = toy_chat.translation(world.facts, rng, rng.choice(LANGS))
+        yield {"conversations": [*item.prompt(), *item.reply_messages()]}
+
+
+def of_translation(row: dict) -> bool:
+    """Whether a conversation asks for one."""
+    asked = {form.replace("{s}", "") for forms in toy_words.ASK_TRANSLATION.values() for form in forms}
+    return any(message["role"] == "user" and message["content"].startswith(tuple(asked))
+               for message in row["conversations"])
 
 
 def write(path: Path, rows: Iterable[dict]) -> None:
@@ -51,10 +60,12 @@ def write(path: Path, rows: Iterable[dict]) -> None:
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Beside the world's own files: careless.jsonl, small.jsonl (the first of them), tools.jsonl, unseen.jsonl."""
+    """Beside the world's own files: careless.jsonl, small.jsonl (the first of them), unseen.jsonl (those that would
+    follow), pairs.jsonl and translations.jsonl."""
     world, n = World(seed), ROWS["conversations"]
     rows = list(careless_rows(world, 0, n))
     write(folder / "small.jsonl", rows[:SMALL])
-    write(folder / "tools.jsonl", tool_rows(world, 1_500))
+    write(folder / "pairs.jsonl", world.preferences(PAIRS))
+    write(folder / "translations.jsonl", translations(world, 2_000))
     write(folder / "unseen.jsonl", careless_rows(world, n, n + 300))
     write(folder / "careless.jsonl", rows)

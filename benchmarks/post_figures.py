@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.post_data import PAIRS, of_translation
 from mindseed.data.loader import Evaluation
 from mindseed.data.readers import read_rows
 from mindseed.data.shards import Prepared
-from mindseed.data.toy import ROWS, World
+from mindseed.data.toy import World
 from mindseed.interop.directory import load_directory
 from mindseed.models.heads import score
 from mindseed.models.lm import LM
@@ -26,7 +27,7 @@ from mindseed.tokenizers.chat import encode_chat, normalise
 from mindseed.train.native import NativeBackend
 from mindseed.train.validate import evaluate
 
-PAIRS = 400
+UNSEEN = 400                                      # pairs
 
 Encoded = list[tuple[list[int], list[bool]]]      # (ids, which of them the assistant said), per conversation
 
@@ -39,7 +40,7 @@ def exact(loaded: Any, world: World) -> dict[str, float]:
 
 def preferred(loaded: Any, world: World) -> dict[str, float]:
     """Percent of unseen pairs of which the chosen answer is likelier per token, or better rewarded."""
-    rows = list(world.preferences(ROWS["preferences"] + PAIRS))[ROWS["preferences"]:]
+    rows = list(world.preferences(PAIRS + UNSEEN))[PAIRS:]
     sides = [encoded(loaded.tokenizer, [{"messages": row[side]} for row in rows]) for side in ("chosen", "rejected")]
     if loaded.model.value_head is not None:
         ranks = [score(loaded.model, [ids for ids, _ in some]) for some in sides]
@@ -50,11 +51,11 @@ def preferred(loaded: Any, world: World) -> dict[str, float]:
 
 def kept(loaded: Any, folder: Path) -> dict[str, float]:
     """What a model still does that it was not trained on last: bits per byte of texts, and loss (nats per token) of
-    conversations about other things than tools."""
+    conversations about other things than translation."""
     texts = Evaluation(Prepared(folder / "pretrain/data/0-pretrain").split("heldout"), seq_len=384, batch_size=16,
                        limit=300)
     bits = evaluate(NativeBackend(loaded.model, SFT(), []), texts, raw_bytes=texts.bytes)["bits_per_byte"]
-    others = encoded(loaded.tokenizer, [row for row in unseen(folder) if "tool_calls" not in str(row)])
+    others = encoded(loaded.tokenizer, [row for row in unseen(folder) if not of_translation(row)])
     logps = torch.cat([said(loaded.model, *one) for one in others])
     return {"bits": bits, "others": -logps.mean().item()}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mindseed.adapt.peft import load_adapter
+from mindseed.base.errors import UserError
 from mindseed.data.toy import World
 from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.lm import build
@@ -133,6 +134,28 @@ def test_the_adapter_alone_and_the_merged_model_are_the_same(place, tmp_path):
     merged, apart, plain = (json.loads(said.splitlines()[-1]) for said in told)
     assert merged["ids"] == apart["ids"] and apart["logps"] == pytest.approx(merged["logps"], abs=1e-4)
     assert plain["logps"] != pytest.approx(merged["logps"], abs=1e-3)
+
+
+def test_an_adapter_of_a_packed_base_is_refused_on_another(place, tmp_path):
+    finish(command(place, tmp_path / "run", "adapter in 4 bits", steps=2))
+    assert load_adapter(load_directory(place / "model").model, tmp_path / "run/adapter")
+    other = load_directory(place / "model").model
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if name.startswith("blocks.") and p.ndim == 2:
+                p.normal_(0, 0.02)
+    with pytest.raises(UserError, match="has other weights"):
+        load_adapter(other, tmp_path / "run/adapter")
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_live_reference_computes_as_the_policy_does(place, tmp_path, name):
+    """In bf16, before anything is learnt, they are the same to the bit, asked once or live."""
+    more = {"loop__precision": "bf16", "steps": 1, "loop__validate_every": 0}
+    for when in ("once", "live"):
+        finish(command(place, tmp_path / when, name, **{f"{name}__reference_logps": when}, **more))
+    once, live = (log(tmp_path / when)[-1]["loss"] for when in ("once", "live"))
+    assert once == pytest.approx(live, abs=1e-6) == pytest.approx(0.6931472 if name == "dpo" else 0.5, abs=1e-5)
 
 
 def test_the_reference_is_asked_once_or_live_for_the_same_losses(place, tmp_path):

@@ -120,7 +120,36 @@ def test_an_error_in_a_reward_loses_nothing(start, tmp_path):
     assert list((run / "checkpoints").glob("step-*"))
 
 
+def test_an_error_in_a_measurement_loses_nothing(start, tmp_path):
+    """The reward of held-out answers fails after step 4, before the checkpoint that is due then."""
+    bad = tmp_path / "bad.py"
+    bad.write_text("calls = []\ndef late(row, answer):\n    calls.append(1)\n"
+                   "    if len(calls) > 35: raise ValueError('so')\n    return len(calls) % 3\n")
+    run = tmp_path / "run"                        # 2 held out, 2 x 16 learnt from, then 2 again
+    said = finish(rl(start, run, reward__function=f"{bad}:late", loop__save_every=4), code=2)
+    assert "What was learnt in 4 steps is saved in" in said and (run / "checkpoints/step-00000004").exists()
+
+
+def test_measuring_plays_what_training_plays(start, tmp_path):
+    """With tools, held-out episodes have their results too."""
+    run = tmp_path / "run"
+    finish(rl(start, run, "--data.tools", reward__result=0.5, steps=2, loop__validate_every=1))
+    assert all("heldout/result" in row for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()))
+
+
+def test_code_is_run_only_if_that_is_asked_for(start, tmp_path):
+    rows = [{"question": f"square {i}", "tests": "assert f(2) == 4"} for i in range(4)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"data__train": tmp_path / "code.jsonl", "reward__accuracy": 1.0, "steps": 2}
+    assert "say --reward.task code" in finish(rl(start, tmp_path / "run", **more), code=2)
+    said = finish(rl(start, tmp_path / "run", reward__task="code", **more))
+    assert "code that the model writes will be run" in said
+
+
 @pytest.mark.parametrize("more, says", [
+    ({"data__share": 1.0}, "data.share=1.0 must lie in [0, 1)"), ({"data__limit": 0}, "data.limit=0"),
+    ({"lora__rank": 4, "lora__dropout": 0.1}, "lora.dropout has no place"),
+    ({"reward__task": "code", "reward__accuracy": 1}, "problems.jsonl:1 cannot be graded as 'code'"),
     ({"data__train": "nowhere.jsonl"}, "nowhere.jsonl"),
     ({"rollout__max_new": 512}, "longer than 0 tokens"),
     ({"reward__model": 1.0}, "give both or none"),

@@ -89,7 +89,10 @@ def targets(covered: list[str], there: list[str]) -> list[str]:
 def identity(model: LM) -> dict[str, str | None]:
     """Fingerprints of a model without its adapters: of its shape, of what lies in matrices of its layers, and of the
     rest. Values are compared in bfloat16, some hundred of every tensor, so that a copy in another dtype counts as the
-    same. A quantised model does not know its matrices' any more (None)."""
+    same. A quantised model does not know its matrices' any more: they are None, or what was found before
+    (`remember_identity`)."""
+    if known := getattr(model, "known_identity", None):
+        return known
     config = replace(without_training(model.config), seq_len=1)
     shape = hashlib.blake2b(json.dumps(config_to_dict(config), sort_keys=True).encode(), digest_size=8)
     matrices, rest, quantised = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8), False
@@ -108,6 +111,11 @@ def identity(model: LM) -> dict[str, str | None]:
             into.update(some.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return {"config": shape.hexdigest(), "matrices": None if quantised else matrices.hexdigest(),
             "rest": rest.hexdigest()}
+
+
+def remember_identity(model: LM) -> None:
+    """Before it is quantised: which base it is."""
+    model.known_identity = identity(model)
 
 
 def require_base(folder: Path, model: LM) -> None:

@@ -134,6 +134,8 @@ def logps_at(output: Output, targets: Tensor, counted: Tensor, temperature: floa
 def divergence(logps: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
     """Estimates from single samples of KL(policy || reference), as Schulman names them ("Approximating KL divergence",
     2020): k1 has no bias and much variance, k2 little of either near the reference, k3 no bias and is never negative.
+    That is of their values. As a loss, k2 has the gradient of KL(policy || reference), k3 that of KL(reference ||
+    policy), and k1 one whose mean is 0: it belongs in the reward.
     """
     difference = reference.to(logps.dtype) - logps
     return {"k1": lambda: -difference, "k2": lambda: difference.square() / 2, "k3": lambda: k3(difference)}[estimator]()

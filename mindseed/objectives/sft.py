@@ -19,7 +19,7 @@ from mindseed.core import Batch, Output
 class SFT:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    tags: tuple[int, ...] = ()                    # ids that count `tag_weight` times, as those that open a thought do
+    tags: tuple[tuple[int, ...], ...] = ()        # runs of ids that count `tag_weight` times: what opens a thought, say
     tag_weight: float = 1.0
     splittable = True
 
@@ -35,7 +35,14 @@ class SFT:
         """With the tags' weights raised."""
         if not self.tags or self.tag_weight == 1:
             return batch
-        tagged = torch.isin(batch.targets, torch.tensor(self.tags, device=batch.targets.device))
+        tagged = torch.zeros_like(batch.targets, dtype=torch.bool)
+        for tag in self.tags:
+            ends = batch.targets.shape[1] - len(tag) + 1                          # where it could begin
+            if ends < 1:
+                continue
+            here = torch.stack([batch.targets[:, i:ends + i] == id for i, id in enumerate(tag)]).all(0)
+            for i in range(len(tag)):
+                tagged[:, i:ends + i] |= here
         return replace(batch, weights=torch.where(tagged, batch.weights * self.tag_weight, batch.weights))
 
     def count(self, batch: Batch) -> Tensor:

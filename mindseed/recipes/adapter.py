@@ -7,6 +7,7 @@ from typing import Any
 from mindseed.adapt.lora import Coverage, add_adapter, merge
 from mindseed.adapt.peft import save_adapter
 from mindseed.base.log import say, table
+from mindseed.interop.peft import remember_identity
 from mindseed.models.lm import LM
 from mindseed.quant.linear import quantize_model, unquantize
 from mindseed.recipes.post_options import LoRAOptions
@@ -17,6 +18,7 @@ def adapt(model: LM, lora: LoRAOptions, seed: int) -> Coverage | None:
     if not lora.rank:
         return None
     if lora.nf4:
+        remember_identity(model)
         quantize_model(model)
     return add_adapter(model, lora.config(), seed=seed)
 

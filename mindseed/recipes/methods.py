@@ -99,7 +99,8 @@ def learning(options: TrainOptions, model: LM, rows: Rows, heldout: dict[str, An
              device: torch.device) -> Learning:
     if options.method == "sft":
         given = options.objective
-        tags = tuple(tokenizer.specials[tag] for tag in TAGS if tag in tokenizer.specials)
+        tags = tuple((tokenizer.specials[tag],) if tag in tokenizer.specials else tuple(tokenizer.encode(tag))
+                     for tag in TAGS)             # written out, a tag is several tokens
         return Learning(objective=SFT(**vars(given), tags=tags), rows=rows, heldout=heldout)
     if options.method == "reward":
         return Learning(objective=Reward(centre=options.reward.centre), rows=rows, heldout=heldout)
@@ -114,19 +115,28 @@ def learning(options: TrainOptions, model: LM, rows: Rows, heldout: dict[str, An
         if given.reference_logps == "once":
             rows, heldout = asked_once(options, rows, heldout, reference, key, folder, device)
             reference = None
+        else:
+            reference = cast(reference, options, device)
     if options.method == "dpo":
         return Learning(objective=options.dpo.objective(reference), rows=rows, heldout=heldout)
 
-    def policy(ids: torch.Tensor, positions: torch.Tensor):
-        dtype = AUTOCAST.get(options.loop.precision)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return model(ids, positions)
-
     if dist.is_main():
         tell_kinds(rows, given)
-    kto = KTO(policy=policy, reference=reference, beta=given.beta, desirable=given.desirable,
+    kto = KTO(policy=cast(model, options, device), reference=reference, beta=given.beta, desirable=given.desirable,
               undesirable=given.undesirable, over_ranks=dist.sum_over_ranks)
     return Learning(objective=kto, rows=rows, heldout=heldout)
+
+
+def cast(forward: Any, options: TrainOptions, device: torch.device) -> Any:
+    """The same function in the precision that the policy is trained in: or they would differ before anything is
+    learnt."""
+    dtype = AUTOCAST.get(options.loop.precision)
+
+    def call(ids: torch.Tensor, positions: torch.Tensor):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return forward(ids, positions)
+
+    return call
 
 
 def tell_kinds(rows: Rows, given: KTOOptions) -> None:

@@ -41,7 +41,7 @@ from mindseed.recipes.rl_options import (Algorithm, PolicyOptions, PromptOptions
                                          SamplingOptions, StartOptions)
 from mindseed.rl.prompts import Prompt, Prompts, read_prompts
 from mindseed.rl.rejection import Answer, sample_answers
-from mindseed.tasks.verify import grade, thought_first
+from mindseed.tasks.verify import grade, kind_of, require_gradable, thought_first
 from mindseed.tokenizers.chat import normalise
 from mindseed.train.loop import Interrupted
 
@@ -125,7 +125,12 @@ def check(options: Options) -> None:
     needed = ["problems", "heldout"] + ([] if options.zero else ["traces", "general"])
     if missing := [name for name in needed if not getattr(options.data, name)]:
         raise UserError(f"data.{missing[0]} is empty: name files; configs/r1-toy.toml shows which")
-    there = {p.row.get("family") for p in read_prompts(options.data.problems)}
+    problems = read_prompts(options.data.problems)
+    for prompt in [*problems, *read_prompts(options.data.heldout)]:
+        if kind_of(prompt.row, prompt.name) == "code":
+            raise UserError(f"{prompt.name} has tests, and code is not run here; mindseed rl --reward.task code does")
+        require_gradable(prompt.row, where=prompt.name)
+    there = {p.row.get("family") for p in problems}
     if unknown := set(options.data.families) - there:
         raise UserError(f"data.families names {', '.join(sorted(unknown))}, of which data.problems has no problem; it "
                         f"has {', '.join(sorted(map(str, there)))}")
@@ -289,7 +294,10 @@ def thoughtful(paths: tuple[str, ...], most: int) -> list[dict]:
     """Conversations whose last turn has thoughts, from the beginning of the files."""
     found = []
     for row in read_rows(paths):
-        messages, _ = normalise(row.row)
+        try:
+            messages, _ = normalise(row.row)
+        except (UserError, ValueError, TypeError, KeyError):
+            continue
         if messages and messages[-1]["role"] == "assistant" and messages[-1].get("reasoning_content"):
             found.append(row.row)
             if len(found) == most:

@@ -25,9 +25,7 @@ from mindseed.base.errors import UserError
 from mindseed.base.hardware import peak
 from mindseed.base.log import check_sinks, say, table, warn
 from mindseed.data.shuffle import key_of, shuffled
-from mindseed.infer.engine import Engine, EngineConfig, Request
-from mindseed.infer.generate import evaluating
-from mindseed.infer.sample import Sampling
+from mindseed.infer.engine import Engine, EngineConfig
 from mindseed.interop.directory import Loaded, load_directory, save_directory
 from mindseed.models.config import config_to_dict
 from mindseed.models.describe import describe
@@ -36,16 +34,16 @@ from mindseed.optim.groups import build_optimizers, group_table, parameter_group
 from mindseed.optim.schedule import learning_rate
 from mindseed.recipes import adapter
 from mindseed.recipes.machine import DTYPES, choose_precision
-from mindseed.recipes.rl_options import RLOptions, advantage_of, derive, objective_of
+from mindseed.recipes.rl_options import RLOptions, advantage_of, derive, objective_of, without_effect
 from mindseed.recipes.run_folder import alone_in_its_folder, carried_out, open_run, options_of_run, say_changes
 from mindseed.rl import reward as terms
 from mindseed.rl.critic import ActorCritic, critic_of
-from mindseed.rl.env import OPENED, Play, SingleTurn, ToolUse
+from mindseed.rl.env import Play, SingleTurn, ToolUse
 from mindseed.rl.prompts import Prompt, Prompts, read_prompts
 from mindseed.rl.reward import Judge, Sample
 from mindseed.rl.rollout import Rollout, RolloutConfig
-from mindseed.rl.trajectory import Trajectory
 from mindseed.tasks.tools import TOOLS
+from mindseed.tasks.verify import kind_of, require_gradable
 from mindseed.train.balance import Balance
 from mindseed.train.loop import Fit, Hook, fit
 from mindseed.train.native import NativeBackend
@@ -66,6 +64,9 @@ def train(options: RLOptions, device: torch.device) -> Path:
 
 def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: torch.device) -> Path:
     check_early(options)
+    if dist.is_main():
+        for line in without_effect(options):
+            warn(line)
     options = derive(options)
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
     loaded = load_directory(options.model.start, device=device)
@@ -115,7 +116,7 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
             say_changes(options, run_folder, run.step)
         say(f"going on from {resumed}" if resumed else f"writing to {run_folder}")
     fit(Fit(run=run, steps=options.loop.steps, checkpoints=checkpoints, save_every=options.loop.save_every,
-            hooks=[Hook(every=options.loop.validate_every, call=measure(options, engine, heldout, source.judge),
+            hooks=[Hook(every=options.loop.validate_every, call=measure(source, heldout),
                         before_first=True),
                    Hook(every=options.loop.sample_every, call=lambda step: shown(source.samples))],
             sinks=open_run(options, given, resumed) if dist.is_main() else [], score="heldout/error",
@@ -140,6 +141,12 @@ def check_early(options: RLOptions) -> None:
                         "both or none of them")
     if options.reward.function:
         terms.load(options.reward.function)
+    if not 0 <= options.data.share < 1 or options.data.limit < 1:
+        raise UserError(f"data.share={options.data.share} must lie in [0, 1), and data.limit={options.data.limit} be "
+                        "at least 1")
+    if options.lora.dropout:
+        raise UserError("lora.dropout has no place in reinforcement learning: the answers were drawn without it, so "
+                        "the ratio would compare two models")
 
 
 def open_models(options: RLOptions, loaded: Loaded, device: torch.device) -> tuple[torch.nn.Module, Any]:
@@ -180,12 +187,26 @@ def open_prompts(options: RLOptions, loaded: Loaded) -> tuple[Prompts, Prompts |
         apart = {int(i) for i in order[:round(data.share * len(rows))]} if len(rows) > 1 else set()
         rows, heldout = [r for i, r in enumerate(rows) if i not in apart], [r for i, r in enumerate(rows) if i in apart]
     thinking = {"auto": None, "on": True, "off": False}[data.thinking]
+    check_rows(options, [*rows, *heldout])
 
     def encoded(some: list[Prompt]) -> Prompts:
         return Prompts(some, loaded.tokenizer, seed=options.seed, template=loaded.template, thinking=thinking,
                        longest=seq_len - options.rollout.max_new)
 
     return encoded(rows), encoded(heldout[:data.limit]) if heldout else None
+
+
+def check_rows(options: RLOptions, prompts: list[Prompt]) -> None:
+    """UserError for a row that its grader could not grade, before anything is learnt."""
+    r = options.reward
+    if not (r.accuracy or r.format and r.form == "task"):
+        return
+    kind = None if r.task == "auto" else r.task
+    for prompt in prompts:
+        if kind is None and kind_of(prompt.row, prompt.name) == "code":
+            raise UserError(f"{prompt.name} has tests, for which code that the model writes would be run, in a limited "
+                            "process of its own but as this user: if you want that, say --reward.task code")
+        require_gradable(prompt.row, kind, where=prompt.name)
 
 
 def judge_of(options: RLOptions, loaded: Loaded, tail: list[int], device: torch.device) -> Judge:
@@ -214,24 +235,12 @@ def judge_of(options: RLOptions, loaded: Loaded, tail: list[int], device: torch.
     return Judge(found)
 
 
-def measure(options: RLOptions, engine: Engine, prompts: Prompts | None, judge: Judge):
+def measure(source: Rollout, prompts: Prompts | None):
     """A hook: the likeliest answers to the prompts set apart, judged."""
     def call(step: int) -> dict[str, Any]:
         if prompts is None:
             return {}
-        mine = range(dist.rank(), len(prompts), dist.world_size())
-        engine.update_weights(engine.model)
-        with evaluating(engine.model):
-            answers = engine.generate([Request(prompt=prompts.ids[i], max_new=options.rollout.max_new,
-                                               sampling=Sampling(temperature=0.0)) for i in mine])
-        samples = [Sample(prompt=prompts.prompts[i], texts=[(OPENED if prompts.thinking else "") + completion.text],
-                          trajectory=Trajectory(ids=[*prompts.ids[i], *completion.ids], finish=completion.finish,
-                                                mine=[False] * len(prompts.ids[i]) + [True] * len(completion.ids)))
-                   for i, (completion,) in zip(mine, answers)]
-        judge(samples)
-        found = [t for part in dist.gather([s.trajectory.terms | {"reward": s.trajectory.reward} for s in samples])
-                 for t in part]
-        means = {f"heldout/{name}": float(np.mean([t[name] for t in found])) for name in found[0]}
+        means = {f"heldout/{name}": value for name, value in source.measure(prompts).items()}
         return means | {"heldout/error": -means["heldout/reward"]}
 
     return call
@@ -250,10 +259,15 @@ def say_what(options: RLOptions, loaded: Loaded, prompts: Prompts, heldout: Prom
     say(f"prompts    {len(prompts):,} to learn from, {len(heldout or ()):,} to measure on")
     say(f"rollout    {r.prompts} prompts x {r.answers} answers of up to {r.max_new} tokens at temperature "
         f"{r.temperature:g}, learnt from {r.epochs} time(s) in {r.minibatches} step(s)")
+    if p.kl and p.kl_in == "loss" and p.kl_estimator == "k1":
+        warn("in the loss k1 pulls nowhere: its gradient is 0 in the mean. Choose policy.kl_estimator k2 or k3, or "
+             "policy.kl_in reward")
+    if loaded.model.config.dropout:
+        warn(f"the model was made with dropout {loaded.model.config.dropout:g}: answers are drawn without it and "
+             "learnt from with it, so the ratio is not 1 where it should be")
     say(f"objective  {options.algorithm}: ratio of {p.level}, clipped to 1 - {p.clip_low:g} .. 1 + {p.clip_high:g}, "
         f"averaged over {p.average}" + (f", divergence x {p.kl:g} in the {p.kl_in}" if p.kl else ""))
-    task = options.reward.task
-    if task == "code" or task == "auto" and any("tests" in prompt.row for prompt in prompts.prompts):
+    if options.reward.task == "code":
         warn("code that the model writes will be run, in a limited process of its own, but as this user")
 
 

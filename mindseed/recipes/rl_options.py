@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from mindseed.base.config import option
+from mindseed.base.config import diff, option
 from mindseed.base.errors import UserError
 from mindseed.objectives.grpo import GRPO, Average, Estimator, Level
 from mindseed.objectives.ppo import PPO
@@ -17,7 +17,7 @@ from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes.options import PrecisionChoice, Resume
 from mindseed.recipes.post_options import LoRAOptions
 from mindseed.rl.advantages import Scale
-from mindseed.rl.rollout import Advantage, Baseline
+from mindseed.rl.rollout import Advantage, Baseline, RolloutConfig
 
 Algorithm = Literal["grpo", "dapo", "dr-grpo", "gspo", "cispo", "rloo", "ppo"]
 
@@ -183,17 +183,47 @@ def derive(options: RLOptions) -> RLOptions:
         loop = replace(loop, save_every=max(1, -(-loop.steps // 5)))
     optim = options.optim if options.optim.lr is not None else replace(options.optim, lr=1e-4)
     options = replace(options, rollout=rollout, policy=policy, loop=loop, optim=optim, reward=filled(options.reward))
+    try:
+        objective_of(options)
+        RolloutConfig(prompts=rollout.prompts, epochs=rollout.epochs, minibatches=rollout.minibatches,
+                      dynamic=rollout.dynamic, drop_cut=rollout.drop_cut, patience=rollout.patience)
+        if min(rollout.answers, rollout.max_new, rollout.turns) < 1:
+            raise ValueError(f"answers={rollout.answers}, max_new={rollout.max_new} and turns={rollout.turns} must be "
+                             "at least 1")
+    except ValueError as error:
+        raise UserError(f"{options.algorithm} with these options: {error}") from None
     if options.algorithm != "ppo" and rollout.answers < 2:
         raise UserError(f"{options.algorithm} compares answers to one prompt with each other: rollout.answers="
                         f"{rollout.answers} must be at least 2 (ppo needs no others)")
     if policy.target_kl and (policy.kl_in != "reward" or not policy.kl):
         raise UserError("policy.target_kl steers the weight of a divergence in the reward: give policy.kl_in=reward "
                         "and policy.kl, where it begins")
-    if rollout.temperature <= 0:
-        raise UserError("rollout.temperature must be above 0: greedy answers are all alike, and have no ratio")
     if options.data.tools and rollout.turns < 2:
         raise UserError("data.tools needs rollout.turns of at least 2: a call, and what is said of its result")
     return options
+
+
+def without_effect(options: RLOptions) -> list[str]:
+    """A line for every option that was given and that another one makes idle."""
+    p, r, name, schedule = options.policy, options.reward, options.algorithm, options.schedule.kind
+    free = "policy.kl is 0"
+    causes = dict.fromkeys(("model.reference", "policy.kl_in", "policy.kl_estimator"), None if p.kl else free)
+    causes |= {"policy.kl_estimator": free if not p.kl else "in the reward it is always k1" if p.kl_in == "reward" else
+               None}
+    causes |= dict.fromkeys(("model.critic", "policy.value", "policy.value_clip", "policy.gamma", "policy.lam",
+                             "policy.whiten_rewards"), None if name == "ppo" else f"{name} has no critic")
+    causes |= {"policy.scale": f"{name} compares no answers with each other" if name == "ppo" else
+               "rloo divides by nothing" if name == "rloo" else None,
+               "policy.clip_low": "cispo has no lower bound" if name == "cispo" else None,
+               "reward.form": "reward.format is 0" if not r.format else None,
+               "reward.function_weight": None if r.function else "reward.function is not given",
+               "reward.timeout_s": None if r.function else "reward.function is not given",
+               "data.share": "data.heldout is given" if options.data.heldout else None,
+               "schedule.decay": f"schedule.kind is {schedule}" if schedule != "wsd" else None,
+               "rollout.turns": None if options.data.tools else "without data.tools nobody answers a turn"}
+    causes |= {f"lora.{field.name}": "lora.rank is 0" for field in fields(options.lora) if not options.lora.rank}
+    changed = diff(RLOptions(), options)
+    return [f"{option} has no effect: {cause}" for option, cause in causes.items() if cause and option in changed]
 
 
 def objective_of(options: RLOptions) -> GRPO:

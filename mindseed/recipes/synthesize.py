@@ -35,7 +35,7 @@ from mindseed.recipes.answer import AnswerOptions, warn_of_foreign_chat
 from mindseed.rl.endpoint import ask_endpoint
 from mindseed.rl.prompts import Prompt, prompt_of
 from mindseed.rl.rejection import Answer, Sampled, sample_answers
-from mindseed.tasks.verify import GRADERS, kind_of
+from mindseed.tasks.verify import grade, kind_of
 from mindseed.tokenizers.chat import to_json
 
 THINKING = {"on": True, "off": False, "auto": None}
@@ -55,6 +55,8 @@ class Options:
     out: str | None = option(None, help="the file of conversations to write, a .jsonl")
     n: int = option(1, help="answers to each prompt")
     graded: bool = option(False, help="keep right answers only, where a row holds what to check them against")
+    run_code: bool = option(False, help="with graded: run code that is answered against the row's tests, in a limited "
+                                        "process of its own, but as you")
     longest: int | None = option(None, help="longest answer to be kept, in characters")
     near: float = option(0.0, help="drop conversations that share at least so much of their text with an earlier one "
                                    "(0.8 is usual; needs datasketch); 0: only equal ones")
@@ -240,6 +242,11 @@ def read_prompts(options: Options) -> tuple[list[Prompt], dict[str, int]]:
     unchecked = sum(not gradable(prompt.row) for prompt in prompts) if options.graded else 0
     if unchecked == len(prompts):
         raise UserError('--graded has nothing to check answers against: no row has an "answer", "tests" or a "schema"')
+    if options.graded and not options.run_code:
+        for prompt in prompts:
+            if gradable(prompt.row) and kind_of(prompt.row) == "code":
+                raise UserError(f"{prompt.name} has tests, for which code that the teacher writes would be run, in a "
+                                "limited process of its own but as you: if you want that, add --run_code")
     if unchecked:
         warn(f"{unchecked} of {len(prompts)} prompts hold nothing to check answers against; theirs are kept unchecked")
     return prompts, {"no prompt": len(bad), "repeated prompt": repeated}
@@ -280,7 +287,7 @@ def gradable(row: dict) -> bool:
 
 def right(prompt: Prompt, answer: Answer) -> bool:
     """Whether the row's own grader gives the answer full marks; what cannot be graded counts as right."""
-    return not gradable(prompt.row) or GRADERS[kind_of(prompt.row)](prompt.row, answer.text)["score"] == 1
+    return not gradable(prompt.row) or grade(prompt.row, answer.text)["score"] == 1
 
 
 def row_of(prompt: Prompt, answer: Answer) -> str:

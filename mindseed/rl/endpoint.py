@@ -17,7 +17,7 @@ from typing import Any
 from mindseed.agents.chat_client import ChatClient, Refused
 from mindseed.base.errors import UserError
 from mindseed.rl.prompts import Prompt
-from mindseed.rl.rejection import Keep, Sampled, Talk, settle
+from mindseed.rl.rejection import Keep, Sampled, Talk, seed_of, settle
 from mindseed.tokenizers.chat import normal_call, parse_answer, to_json
 
 PATIENCE = 8                                      # requests refused in a row
@@ -52,7 +52,7 @@ def ask_endpoint(client: ChatClient, prompts: Iterable[Prompt], *, model: str, n
         while True:
             while len(line) < max(2, -(-2 * concurrency // n)) and (following := next(todo, None)) is not None:
                 number, prompt = following
-                talks = [Talk(prompt, seed + number * n + i, every_turn, longest) for i in range(n)]
+                talks = [Talk(prompt, seed_of(seed, number, i), every_turn, longest) for i in range(n)]
                 line.append((prompt, talks, [pool.submit(hold, talk) for talk in talks]))
             if not line:
                 return

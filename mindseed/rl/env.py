@@ -144,5 +144,8 @@ def read_next(sample: Sample, new: list[dict], prompts: Prompts) -> list[int]:
     if after[:len(before)] != before:
         raise UserError("this chat template rewrites earlier turns when later ones come, so episodes of several turns "
                         "cannot be played token by token; use rollout.turns=1")
-    end = len(before) - next(i for i, id in enumerate(reversed(before)) if id == sample.trajectory.ids[-1])
+    last = sample.trajectory.ids[-1]
+    end = next((len(before) - i for i, id in enumerate(reversed(before)) if id == last), None)
+    if end is None:                               # another of the model's ends: the template's own is read after it
+        return after[len(before) - len(prompts.tail()) - 1:]
     return after[end:]

@@ -8,8 +8,8 @@ A conversation of several turns is answered turn after turn, each in the light o
 have answered, only the last turn is said anew: their results belong to the calls that were made. A turn that calls a
 tool ends the conversation, as nobody carries the call out.
 
-Results come in the order of the prompts, and an answer depends on its seed and on nothing beside it: seed + number of
-the prompt * n + number of the answer.
+Results come in the order of the prompts, and an answer depends on its seed and on nothing beside it: a hash of the
+run's seed, the number of the prompt and the number of the answer, so that another seed asks for other answers.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from typing import Any
 from mindseed.base.errors import UserError
 from mindseed.data.clean import fault
 from mindseed.data.dedup import digest
+from mindseed.data.shuffle import key_of
 from mindseed.infer.engine import Engine, Request
 from mindseed.infer.rows import Completion, TooLong
 from mindseed.infer.sample import Sampling
@@ -30,6 +31,11 @@ from mindseed.tokenizers.chat import encode_chat, parse_answer, render_answer, t
 from mindseed.tokenizers.template import Template
 
 NEXT_TURN = 1_000_003                             # between the seeds of turns
+SEEDS = 1 << 31                                   # what every server takes
+
+
+def seed_of(seed: int, number: int, answer: int) -> int:
+    return key_of(seed, 9, number, answer) % SEEDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,7 @@ def sample_answers(engine: Engine, prompts: Iterable[Prompt], *, n: int = 1, sam
         while True:
             while len(line) < ahead and (following := next(todo, None)) is not None:
                 number, prompt = following
-                talks = [Talk(prompt, sampling.seed + number * n + i, every_turn, longest) for i in range(n)]
+                talks = [Talk(prompt, seed_of(sampling.seed, number, i), every_turn, longest) for i in range(n)]
                 line.append((prompt, talks))
                 for talk in talks:
                     ask(talk)
@@ -132,7 +138,7 @@ class Talk:
         self.over = not self.left or bool(self.faulty) or bool(self.messages and self.messages[-1].get("tool_calls"))
         if not self.over:
             self.messages += self.left.popleft()
-            self.seed = (self.seed + NEXT_TURN) % (1 << 62)
+            self.seed = (self.seed + NEXT_TURN) % SEEDS
         return not self.over
 
     def hear(self, turn: dict[str, Any], finish: str, tokens: int, text: str | None = None) -> None:

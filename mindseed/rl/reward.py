@@ -9,9 +9,11 @@ about which sample it was; nothing that was learnt is lost.
 """
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import math
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from typing import Any, Callable, Sequence
 from mindseed.base.errors import UserError
 from mindseed.rl.prompts import Prompt
 from mindseed.rl.trajectory import Trajectory
-from mindseed.tasks.verify import Kind, grade, thought_first
+from mindseed.tasks.verify import Kind, grade, said, thought_first
 
 
 @dataclass(kw_only=True)
@@ -67,11 +69,19 @@ class Judge:
             if len(values) != len(samples):
                 raise UserError(f"reward {term.name!r} gave {len(values)} numbers for {len(samples)} answers")
             for sample, value in zip(samples, values):
-                if isinstance(value, (str, bytes)) or not math.isfinite(value):
+                if not finite(value):
                     raise UserError(f"reward {term.name!r} is {value!r}, which is no finite number, {about(sample)}")
                 sample.trajectory.terms[term.name] = float(value)
         for sample in samples:
             sample.trajectory.reward = sum(t.weight * sample.trajectory.terms[t.name] for t in self.terms)
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return not isinstance(value, (str, bytes)) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
 
 
 def about(sample: Sample) -> str:
@@ -112,7 +122,8 @@ def thinking_format(weight: float, *, tagged: bool) -> Term:
 
 
 def used_result(weight: float) -> Term:
-    """Of an episode with tools: whether the last turn says every value that the last call gave back."""
+    """Of an episode with tools: whether the last turn says, outside its thoughts, every value that the last call gave
+    back. An error is no result: the policy chooses what it says, by the call that it makes."""
     def call(sample: Sample) -> float:
         results = [m["content"] for m in sample.messages if m["role"] == "tool"]
         if not results or sample.messages[-1]["role"] != "assistant":
@@ -121,8 +132,10 @@ def used_result(weight: float) -> Term:
             values = json.loads(results[-1])
         except json.JSONDecodeError:
             values = results[-1]
+        if isinstance(values, dict) and "error" in values:
+            return 0.0
         values = list(values.values()) if isinstance(values, dict) else [values]
-        return float(bool(values) and all(str(value) in sample.text for value in values)
+        return float(bool(values) and all(str(value) in said(sample.text) for value in values)
                      and not sample.messages[-1]["tool_calls"])
 
     return Term(name="result", weight=weight, call=each(call))
@@ -180,11 +193,12 @@ def function(weight: float, where: str, *, timeout_s: float) -> Term:
             error = done["error"]
             raise UserError(f"reward {name!r} raised {type(error).__name__}: {error}, {about(sample)}")
         value = done["value"]
-        if isinstance(value, bool) or type(value).__module__ == "numpy":
-            value = float(value)
-        if not isinstance(value, (int, float)):
-            raise UserError(f"reward {name!r} gave {value!r}, which is no number, {about(sample)}")
-        return value
+        try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError
+            return float(value)                   # of numpy's and torch's numbers too
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise UserError(f"reward {name!r} gave {str(value)[:80]!r}, which is no number, {about(sample)}") from None
 
     return Term(name=name, weight=weight, call=each(guarded))
 
@@ -196,10 +210,11 @@ def load(where: str) -> tuple[str, Callable[[dict, str], float]]:
         raise UserError(f"reward.function={where!r} is not FILE.py:NAME")
     if not Path(file).is_file():
         raise UserError(f"reward.function: {file} does not exist")
-    spec = importlib.util.spec_from_file_location("mindseed_reward", file)
-    module = importlib.util.module_from_spec(spec)
+    loader = importlib.machinery.SourceFileLoader("mindseed_reward", file)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("mindseed_reward", loader))
+    sys.modules["mindseed_reward"] = module       # where dataclasses look for their module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
         raise UserError(f"reward.function: {file} cannot be loaded: {type(error).__name__}: {error}") from None
     call = getattr(module, name, None)

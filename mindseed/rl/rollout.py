@@ -4,7 +4,8 @@
 
 So reinforcement learning is the same training step as ever, with another source. Whenever its batches are used up, the
 source lets the policy, as it is by now, answer some prompts, has the answers judged, and cuts what comes of it into the
-minibatches of the next steps.
+minibatches of the next steps. Groups whose rewards are all equal are left out, under every algorithm, and the loss is
+the mean over what is left: a step does not shrink as the policy gets better. Those groups feel no divergence either.
 
 Every rank plays its share of the prompts and then knows all trajectories, which are small; so groups, means and
 deviations are those of the whole batch, two ranks do what one does, and the state is the same everywhere: how many
@@ -22,6 +23,7 @@ import torch
 
 from mindseed.base import dist
 from mindseed.base.errors import UserError
+from mindseed.base.log import warn
 from mindseed.core import Batch
 from mindseed.data.shuffle import key_of
 from mindseed.infer.engine import Engine
@@ -102,6 +104,9 @@ class Rollout:
     metrics: dict[str, float] = field(default_factory=dict)           # of the last rollout, until they are reported
     samples: list[Sample] = field(default_factory=list)               # of the last rollout on this rank
 
+    def __post_init__(self) -> None:
+        self.given_kl = self.advantage.kl         # which may be steered
+
     def __next__(self) -> Batch:
         while not self.queue:
             self.collect()
@@ -119,13 +124,15 @@ class Rollout:
         began = time.monotonic()
         with evaluating(self.policy):
             kept, all_ = self.groups()
-            self.rounds += 1
-            self.barren = 0 if kept else self.barren + 1
-            if self.barren >= self.config.patience:
-                raise UserError(hopeless(self.barren, all_))
             if kept:
                 with self.autocast():             # or the first ratio would not be 1
                     self.weigh(kept)
+            if self.config.drop_cut:              # only now: they belong to what the others are compared with
+                kept = [t for t in kept if t.finish == "stop"]
+            self.rounds += 1
+            self.barren = 0 if kept else self.barren + 1
+            if self.barren >= self.config.patience:
+                raise UserError(hopeless(self.barren, all_, self.config.drop_cut))
         self.metrics = summary(all_, kept, self.play.answers) | self.metrics
         self.metrics["rollout_tokens_per_s"] = sum(t.length for t in all_) / (time.monotonic() - began)
         for epoch in range(self.config.epochs if kept else 0):
@@ -149,29 +156,41 @@ class Rollout:
                     kept += group
             if len(kept) >= self.config.prompts * n:
                 break
-        kept = kept[:self.config.prompts * n]
-        return [t for t in kept if t.length and not (self.config.drop_cut and t.finish != "stop")], all_
+        return [t for t in kept[:self.config.prompts * n] if t.length], all_
 
     def play_all(self, numbers: Sequence[int]) -> list[Trajectory]:
         """Trajectories of all ranks, judged, in the order of the prompts."""
         if self.before:
             self.before()
         self.engine.update_weights(self.engine.model if self.before else self.policy)
+        self.samples, trajectories = self.played(numbers, self.prompts, replace(self.play, seed=self.seed))
+        return trajectories
+
+    def played(self, numbers: Sequence[int], prompts: Prompts, how: Play) -> tuple[list[Sample], list[Trajectory]]:
+        """(samples of this rank, trajectories of all ranks in the order of the prompts), judged."""
         mine = [number for number in numbers if number % dist.world_size() == dist.rank()]
-        self.samples, error = [], None
+        samples, error = [], None
         try:
-            self.samples = play(self.engine, self.prompts, mine, self.env, replace(self.play, seed=self.seed))
-            self.judge(self.samples)
+            samples = play(self.engine, prompts, mine, self.env, how)
+            self.judge(samples)
         except UserError as problem:              # on one rank alone it would leave the others waiting
             error = problem
         errors = [e for e in dist.gather(str(error) if error else None) if e]
         if errors:
             raise UserError(errors[0])
-        for sample in self.samples:
+        for sample in samples:
             sample.trajectory.version = self.rounds
-        found = dist.gather([sample.trajectory.state() for sample in self.samples])
+        found = dist.gather([sample.trajectory.state() for sample in samples])
         trajectories = [Trajectory.of(state) for part in found for state in part]
-        return sorted(trajectories, key=lambda t: t.prompt)           # stable: answers stay in their order
+        return samples, sorted(trajectories, key=lambda t: t.prompt)      # stable: answers stay in their order
+
+    def measure(self, prompts: Prompts) -> dict[str, float]:
+        """Means of the rewards of the likeliest episodes, one to a prompt, played as those that are learnt from."""
+        self.engine.update_weights(self.engine.model)
+        with evaluating(self.policy):
+            found = self.played(range(len(prompts)), prompts, replace(self.play, answers=1, temperature=0.0))[1]
+        terms = [t.terms | {"reward": t.reward} for t in found]
+        return {name: float(np.mean([t[name] for t in terms])) for name in terms[0]}
 
     def weigh(self, kept: list[Trajectory]) -> None:
         """Put what the objective reads beside every trajectory."""
@@ -265,7 +284,8 @@ class Rollout:
     def state_dict(self) -> dict[str, Any]:
         assert not self.dealt, "a checkpoint lies between two steps"
         return {"drawn": self.drawn, "rounds": self.rounds, "barren": self.barren, "kl": self.advantage.kl,
-                "queue": [[t.state() for t in part] for part in self.queue], "stream": self.identity()}
+                "figures": self.figures(), "queue": [[t.state() for t in part] for part in self.queue],
+                "stream": self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         was, here = state["stream"], self.identity()
@@ -275,9 +295,18 @@ class Rollout:
                 f"{key} was {was.get(key)}, is {here[key]}" for key in keys)
                 + ". Resume with the same ones, or start a new run from the checkpoint's model")
         self.drawn, self.rounds, self.barren = state["drawn"], state["rounds"], state["barren"]
-        self.advantage.kl = state["kl"]
-        self.queue = [[Trajectory.of(t) for t in part] for part in state["queue"]]
-        self.dealt = 0
+        self.queue, self.dealt = [], 0
+        if state["figures"] == self.figures():
+            self.advantage.kl = state["kl"]
+            self.queue = [[Trajectory.of(t) for t in part] for part in state["queue"]]
+        elif state["queue"] and dist.is_main():
+            warn("the temperature or the divergence have changed, so the answers that were drawn and not learnt from "
+                 "yet are thrown away")
+
+    def figures(self) -> dict[str, Any]:
+        """By what the answers that wait were drawn and weighed."""
+        return {"kl": self.given_kl, "target_kl": self.advantage.target_kl, "temperature": self.play.temperature,
+                "reference": self.reference is not None}
 
     def identity(self) -> dict[str, Any]:
         return {"prompts": len(self.prompts), "seed": self.seed, "digest": self.prompts.digest()}
@@ -313,8 +342,12 @@ def summary(all_: list[Trajectory], kept: list[Trajectory], n: int) -> dict[str,
             "learnt_from": float(len(kept))}
 
 
-def hopeless(rounds: int, all_: list[Trajectory]) -> str:
+def hopeless(rounds: int, all_: list[Trajectory], drop_cut: bool) -> str:
     """Why nothing can be learnt, and what to do."""
+    if drop_cut and all(t.finish != "stop" for t in all_):
+        return (f"in {rounds} rollouts in a row there was nothing to learn from; of the last one every answer was cut "
+                "at its longest, and cut answers are left out (rollout.drop_cut): raise rollout.max_new, or leave "
+                "that option away")
     mean = float(np.mean([t.reward for t in all_]))
     best = max(t.reward for t in all_)
     advice = ("every answer gets the same reward, and it may be that none is right: fine-tune on some examples first, "

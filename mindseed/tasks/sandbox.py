@@ -1,8 +1,9 @@
 """Running code that a model wrote: in a process of its own, short, small and alone.
 
-The process has a few seconds, bounded memory, no environment, an empty folder that is deleted afterwards, no child
-processes and no large files. That keeps honest mistakes (endless loops, memory, litter) harmless. It is not a wall
-against code that means harm: it can read what the user can read. So nothing calls this unless it was asked to.
+The process has a few seconds, bounded memory and output, no environment, an empty folder that is deleted afterwards,
+no child processes and no large files. That keeps honest mistakes (endless loops, memory, litter) harmless. It is not a
+wall against code that means harm: it runs as the user, and can read, write and delete what that user can. So nothing
+calls this unless code was asked for by name.
 """
 from __future__ import annotations
 
@@ -29,20 +30,22 @@ sys.__stdout__.write("\\n" + word)
 
 def passes(code: str, *, timeout_s: float = TIMEOUT_S, memory_bytes: int = MEMORY_BYTES) -> bool:
     """Whether the code runs to its end without raising, within its limits. Leaving early, with whatever exit code, is
-    no end: only who comes to it says the word of this run."""
+    no end: only who comes to it says the word of this run. Code that looks for that word can find it, so
+    `verify.grade_code` also asks whether it passes what nothing can."""
     word = secrets.token_hex(16)
     limits = LIMITS.format(limits=(max(1, round(timeout_s)), memory_bytes, FILE_BYTES))
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", limits], cwd=folder, env={},
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   start_new_session=True)
-        try:
-            said, _ = process.communicate(f"{word}\n{code}".encode(errors="replace"), timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            said = b""
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)                            # and whatever it has started
-            process.wait()
-            process.stdout.close()
-    return process.returncode == 0 and said.rstrip().endswith(word.encode())
+        with tempfile.TemporaryFile() as out:     # a file, so that its size is limited as that of others is
+            process = subprocess.Popen([sys.executable, "-I", "-S", "-c", limits], cwd=folder, env={},
+                                       stdin=subprocess.PIPE, stdout=out, stderr=subprocess.DEVNULL,
+                                       start_new_session=True)
+            try:
+                process.communicate(f"{word}\n{code}".encode(errors="replace"), timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                return False
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)                        # and whatever it has started
+                process.wait()
+            out.seek(max(0, out.seek(0, os.SEEK_END) - 2 * len(word)))
+            return process.returncode == 0 and out.read().rstrip().endswith(word.encode())

@@ -7,6 +7,7 @@ inside <answer> tags where there are any.
 """
 from __future__ import annotations
 
+import ast
 import json
 import re
 from fractions import Fraction
@@ -23,11 +24,14 @@ Grader = Callable[[dict, str], Grade]
 Kind = Literal["toy", "code", "schema", "number", "text"]
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-NUMBER = re.compile(r"(?<![A-Za-z0-9_.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|/\d+)?")
-FENCE = re.compile(r"```(?:python|py|json)?\n(.*?)```", re.DOTALL)
+NUMBER = re.compile(r"(?<![A-Za-z0-9_.^])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:/\d+|(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)"
+                    r"|\.\d+(?:[eE][-+]?\d{1,3})?)(?![\d^])")
+BARE = re.compile(rf"[$£€¥￥]?\s*({NUMBER.pattern})\s*%?\.?")     # a reference that is a number and nothing else
+FENCE = re.compile(r"```[ \t]*(?:python|py|json)?\d?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
+LONGEST = 400                                     # characters of a number that is still read as one
 
 
-def kind_of(row: dict) -> Kind:
+def kind_of(row: dict, where: str = "this row") -> Kind:
     """What the row asks for. UserError if it holds nothing that an answer could be checked against."""
     if "family" in row and "answer" in row:
         return "toy"
@@ -35,14 +39,46 @@ def kind_of(row: dict) -> Kind:
         if key in row:
             return kind
     if not isinstance(row.get("answer"), (str, int, float)):
-        raise UserError('a problem needs an "answer" (a number or a text), "tests" (code) or a "schema" (JSON); this '
-                        f"row has only {', '.join(map(repr, row)) or 'nothing'}")
-    return "number" if number_in(reference(row)) is not None else "text"
+        raise UserError('a problem needs an "answer" (a number or a text), "tests" (code) or a "schema" (JSON); '
+                        f"{where} has only {', '.join(map(repr, row)) or 'nothing'}")
+    asked = reference(row)
+    whole = "####" in str(row["answer"]) or BARE.fullmatch(asked.replace("\u2212", "-"))
+    return "number" if whole and number_in(asked) is not None else "text"
 
 
 def grade(row: dict, answer: str, kind: Kind | None = None) -> Grade:
-    """The score of a turn of the assistant, and whether it has the form that was asked for."""
-    return GRADERS[kind or kind_of(row)](row, answer)
+    """The score of a turn of the assistant, and whether it has the form that was asked for. An answer that cannot be
+    read, since it is nested a thousand deep, say, is wrong."""
+    grader = GRADERS[kind or kind_of(row)]
+    try:
+        return grader(row, answer)
+    except (ValueError, RecursionError, MemoryError, OverflowError):
+        return {"score": 0.0, "format": 0.0}
+
+
+def require_gradable(row: dict, kind: Kind | None = None, *, where: str = "this row") -> None:
+    """UserError if the row lacks what its grader reads, so that a run does not end in the middle for it."""
+    kind = kind or kind_of(row, where)
+    tests = row.get("tests")
+    good = {"toy": isinstance(row.get("family"), str) and isinstance(row.get("answer"), str),
+            "code": isinstance(tests, str) or isinstance(tests, list) and all(isinstance(t, str) for t in tests),
+            "schema": isinstance(row.get("schema"), (dict, bool)),
+            "number": isinstance(row.get("answer"), (str, int, float)) and number_in(reference(row)) is not None,
+            "text": isinstance(row.get("answer"), (str, int, float)) and bool(reference(row))}[kind]
+    if not good:
+        raise UserError(f"{where} cannot be graded as {kind!r}, which reads {READS[kind]}")
+    if kind == "schema":
+        jsonschema = schema_library()
+        try:
+            jsonschema.Draft202012Validator.check_schema(row["schema"])
+            jsonschema.Draft202012Validator(row["schema"]).is_valid(None)
+        except (jsonschema.SchemaError, unresolvable()) as error:
+            raise UserError(f"{where} has a schema that is none: {str(error).splitlines()[0]}") from None
+
+
+READS = {"toy": 'a "family" and an "answer" that is a text', "code": '"tests", a text or a list of texts',
+         "schema": 'a "schema", a JSON object', "number": 'an "answer" with a number in it',
+         "text": 'an "answer" that is a text or a number'}
 
 
 def reference(row: dict) -> str:
@@ -58,9 +94,9 @@ def said(answer: str) -> str:
 
 
 def number_in(text: str) -> Fraction | None:
-    """The last number of a text, exactly: 1,234.50 and 1/3 are read, $ and % are passed over."""
-    found = NUMBER.findall(text)
-    if not found:
+    """The last number of a text, exactly: 1,234.50, 1/3, .5 and 1e6 are read, $ and % are passed over."""
+    found = NUMBER.findall(text.replace("\u2212", "-"))
+    if not found or len(found[-1]) > LONGEST:
         return None
     try:
         return Fraction(found[-1].replace(",", ""))
@@ -85,31 +121,49 @@ def grade_toy(row: dict, answer: str) -> Grade:
 
 def grade_schema(row: dict, answer: str) -> Grade:
     """JSON, fenced or bare, that the row's schema allows. "format": it is JSON at all."""
-    try:
-        import jsonschema
-    except ImportError:
-        raise UserError(f"checking answers against a schema needs jsonschema: {install('[rl]')}") from None
-    text = said(answer)
+    jsonschema, text = schema_library(), said(answer)
     fenced = FENCE.findall(text)
     try:
         value = json.loads(fenced[-1] if fenced else text)
     except json.JSONDecodeError:
         return {"score": 0.0, "format": 0.0}
-    return {"score": float(jsonschema.Draft202012Validator(row["schema"]).is_valid(value)), "format": 1.0}
+    try:
+        return {"score": float(jsonschema.Draft202012Validator(row["schema"]).is_valid(value)), "format": 1.0}
+    except unresolvable() as error:
+        raise UserError(f"a schema refers to what is not in it: {str(error).splitlines()[0]}") from None
+
+
+def schema_library() -> Any:
+    try:
+        import jsonschema
+    except ImportError:
+        raise UserError(f"checking answers against a schema needs jsonschema: {install('[rl]')}") from None
+    return jsonschema
+
+
+def unresolvable() -> type[Exception]:
+    """What a schema raises that refers to what is not there."""
+    import referencing.exceptions
+    return referencing.exceptions.Unresolvable
 
 
 def grade_code(row: dict, answer: str) -> Grade:
     """The share of the row's "tests" (Python statements that raise if wrong) that the code passes, each run in a
-    process of its own (sandbox.py). "format": there is code that compiles."""
+    process of its own (sandbox.py). Code that also passes a test which nothing can pass has got round the tests, and
+    has passed none. "format": it compiles, and does or defines something."""
     text = said(answer)
     fenced = FENCE.findall(text)
     code = fenced[-1] if fenced else text
     try:
         compile(code, "answer", "exec")
+        shaped = any(not isinstance(statement, ast.Expr) for statement in ast.parse(code).body)
     except (SyntaxError, ValueError):
         return {"score": 0.0, "format": 0.0}
     tests = row["tests"] if isinstance(row["tests"], list) else [row["tests"]]
-    return {"score": sum(passes(code + "\n" + test) for test in tests) / max(len(tests), 1), "format": 1.0}
+    passed = sum(passes(code + "\n" + test) for test in tests)
+    if passed and passes(code + "\nraise AssertionError"):
+        passed = 0
+    return {"score": passed / max(len(tests), 1), "format": float(shaped)}
 
 
 GRADERS: dict[Kind, Grader] = {"toy": grade_toy, "code": grade_code, "schema": grade_schema, "number": grade_number,

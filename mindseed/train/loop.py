@@ -69,17 +69,17 @@ def fit(plan: Fit) -> dict[str, Any]:
                 values = train_step(run)
             except NonFinite as error:
                 raise UserError(stop_message(plan, error)) from None
-            except UserError as error:            # of the data, a reward, a rollout: what is learnt so far is kept
-                if not plan.checkpoints or run.step == 0 or plan.checkpoints.holds(run.step):
-                    raise
-                raise UserError(f"{error}\nWhat was learnt in {run.step} steps is saved in "
-                                f"{plan.checkpoints.save(run, plan.ema)}") from None
+            except UserError as error:            # of the data, a reward, a rollout
+                raise kept(plan, error) from None
             spent = time.monotonic() - start
             values = speed(plan, values, spent) | {"elapsed_s": round(time.monotonic() - began, 3)}
             bar.update(run.step, values)
             done = run.step == plan.steps
             due = [h for h in plan.hooks if h.every and (done or run.step % h.every == 0)]
-            values |= run_hooks(plan, bar, due)
+            try:
+                values |= run_hooks(plan, bar, due)
+            except UserError as error:
+                raise kept(plan, error) from None
             record(plan, values)
             stop = dist.any_rank(signals.received, run.device)
             if plan.checkpoints and (done or stop or plan.save_every and run.step % plan.save_every == 0):
@@ -87,6 +87,14 @@ def fit(plan: Fit) -> dict[str, Any]:
                 if stop and not done:
                     raise Interrupted(f"stopped after step {run.step} of {plan.steps}; saved {path}")
     return plan.last
+
+
+def kept(plan: Fit, error: UserError) -> UserError:
+    """The error, after what has been learnt so far is saved, if it is not yet."""
+    if not plan.checkpoints or plan.run.step == 0 or plan.checkpoints.holds(plan.run.step):
+        return error
+    where = plan.checkpoints.save(plan.run, plan.ema)
+    return UserError(f"{error}\nWhat was learnt in {plan.run.step} steps is saved in {where}")
 
 
 def run_hooks(plan: Fit, bar: StepBar, hooks: list[Hook]) -> dict[str, Any]:

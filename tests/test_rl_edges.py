@@ -1,0 +1,220 @@
+"""Reinforcement learning at its edges: what is odd, cut, changed on resuming, or gamed."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mindseed.base.errors import UserError
+from mindseed.infer.rows import Completion
+from mindseed.objectives.grpo import divergence
+from mindseed.objectives.sft import SFT
+from mindseed.recipes.rl_options import (PolicyOptions, RewardOptions, RLOptions, SamplingOptions, StartOptions, derive,
+                                         without_effect)
+from mindseed.rl.env import Play, ToolUse, answered, say
+from mindseed.rl.prompts import Prompt, Prompts
+from mindseed.rl.rejection import seed_of
+from mindseed.rl.reward import Judge, Sample, Term, each, function, used_result
+from mindseed.rl.rollout import Advantage, RolloutConfig
+from mindseed.rl.trajectory import Trajectory
+from mindseed.tasks.tools import TOOLS
+from mindseed.tokenizers.byte import Byte
+from mindseed.train.step import train_step
+from tests.test_rl import bandit, learner, options_for, rollout
+from tests.tiny import random_batch
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+MINE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import numpy as np
+
+@dataclass
+class Rule:
+    word: str
+
+def huge(row, answer): return 10 ** 400
+def several(row, answer): return np.ones(2)
+def scalar(row, answer): return np.float32(0.5)
+def nothing(row, answer): return None
+"""
+
+
+def sample(*texts: str, messages: list[dict] = ()) -> Sample:
+    prompt = Prompt(messages=[{"role": "user", "content": "?"}])
+    return Sample(prompt=prompt, texts=list(texts), messages=list(messages),
+                  trajectory=Trajectory(ids=[1, 2], mine=[False, True]))
+
+
+@pytest.mark.parametrize("file", ["mine.py", "rewards.txt"])
+def test_rewards_that_are_no_numbers(tmp_path, file):
+    where = tmp_path / file
+    where.write_text(MINE)
+    assert function(1.0, f"{where}:scalar", timeout_s=5).call([sample("a")]) == [0.5]
+    for name in ("huge", "several", "nothing"):
+        with pytest.raises(UserError, match="which is no number, for the answer 'a'"):
+            Judge([function(1.0, f"{where}:{name}", timeout_s=5)])([sample("a")])
+    with pytest.raises(UserError, match="no finite number"):
+        Judge([Term(name="own", weight=1.0, call=each(lambda s: 10 ** 400))])([sample("a")])
+
+
+def told(result: str, said: str) -> float:
+    messages = [{"role": "tool", "content": result}, {"role": "assistant", "content": said, "tool_calls": []}]
+    return used_result(1.0).call([sample("call", said, messages=messages)])[0]
+
+
+def test_a_result_is_used_only_if_it_is_one_and_it_is_said():
+    assert told('{"result": "7"}', "It is 7.") == 1
+    assert told('{"result": "7"}', "<think>\n7\n</think>\n\nNo idea.") == 0
+    assert told('{"error": "there is no tool a"}', "there is no tool a") == 0
+
+
+def test_tags_of_several_tokens_weigh_more():
+    batch = replace(random_batch(2, 8), weights=torch.ones(2, 8))
+    batch.targets[0, 2:5] = torch.tensor([50, 51, 52])
+    batch.targets[1, 7] = 50                      # the tag is cut off
+    batch.targets[1, 0] = 60
+    weights = SFT(tags=((50, 51, 52), (60,), tuple(range(9))), tag_weight=3.0).prepare(batch).weights
+    wanted = torch.ones(2, 8)
+    wanted[0, 2:5] = wanted[1, 0] = 3
+    assert torch.equal(weights, wanted)
+
+
+def test_as_a_loss_k1_has_no_gradient_in_the_mean():
+    torch.manual_seed(0)
+    logits, other = torch.randn(5, dtype=torch.float64).requires_grad_(), torch.randn(5, dtype=torch.float64)
+    logps, reference = logits.log_softmax(-1), other.log_softmax(-1)
+    p = logps.exp().detach()
+    true, = torch.autograd.grad((logps.exp() * (logps - reference)).sum(), logits, retain_graph=True)
+    found = {name: torch.autograd.grad((p * divergence(logps, reference, name)).sum(), logits, retain_graph=True)[0]
+             for name in ("k1", "k2")}
+    assert found["k1"].abs().max() < 1e-12 and torch.allclose(found["k2"], true)
+
+
+# ------------------------------------------------------------------------------------------------------------- episodes
+
+def test_an_episode_goes_on_after_any_end_of_a_turn():
+    """A turn may end in the mark of a document, too; then the template's own end is read after it."""
+    tokenizer = Byte()
+    prompts = Prompts([Prompt(messages=[{"role": "user", "content": "2+3?"}])], tokenizer, seed=0)
+    call = tokenizer.encode('<tool_call>{"name": "calculate", "arguments": {"expression": "2+3"}}</tool_call>',
+                            allow_special=True)
+    ends = {name: tokenizer.specials[name] for name in ("<|im_end|>", "<|endoftext|>")}
+    read = {}
+    for name, end in ends.items():
+        one = Sample(prompt=prompts.prompts[0], trajectory=Trajectory(
+            ids=list(prompts.ids[0]), mine=[False] * len(prompts.ids[0]),
+            figures={"sampled_logps": np.zeros(len(prompts.ids[0]), np.float32)}))
+        text = '<tool_call>{"name": "calculate", "arguments": {"expression": "2+3"}}</tool_call>'
+        say(one, Completion(text=text, ids=[*call, end], logps=[0.0] * (len(call) + 1),
+                            sampled_logps=[0.0] * (len(call) + 1), finish="stop"), prompts)
+        before = len(one.trajectory.ids)
+        assert answered(one, ToolUse(tools=TOOLS), prompts, room=4096)
+        read[name] = one.trajectory.ids[before:]
+        assert not any(one.trajectory.mine[before:])
+    assert read["<|endoftext|>"] == [ends["<|im_end|>"], *read["<|im_end|>"]]
+
+
+def test_seeds_of_answers_do_not_repeat_between_runs():
+    seeds = [{seed_of(seed, number, answer) for number in range(50) for answer in range(4)} for seed in range(3)]
+    assert all(len(one) == 200 for one in seeds) and not seeds[0] & seeds[1] and not seeds[1] & seeds[2]
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+def test_cut_answers_are_compared_with_but_not_learnt_from():
+    model, prompts, _ = bandit()
+    calls = iter(range(100))
+
+    def pay(s: Sample) -> float:                  # of four answers two are cut and worth nothing
+        cut = next(calls) % 2
+        s.trajectory.finish = "length" if cut else "stop"
+        return 1.0 - cut
+
+    judge = Judge([Term(name="pay", weight=1.0, call=each(pay))])
+    source = rollout(model, prompts, judge, RolloutConfig(prompts=2, drop_cut=True), Advantage(scale="off"),
+                     Play(max_new=2, answers=4))
+    batch = next(source)
+    assert int((batch.positions == 0).logical_and(batch.weights.cumsum(-1) >= 0).sum()) >= 4
+    assert batch.extra["advantages"][batch.weights != 0].unique().tolist() == [0.5]
+
+
+def test_all_answers_cut_is_told_as_that():
+    model, prompts, _ = bandit()
+    judge = Judge([Term(name="odd", weight=1.0, call=each(lambda s: float(s.trajectory.ids[-1] % 2)))])
+    source = rollout(model, prompts, judge, RolloutConfig(prompts=2, drop_cut=True, patience=2), Advantage(),
+                     Play(max_new=2, answers=4))  # without a stop id every answer ends at its longest
+    with pytest.raises(UserError, match="every answer was cut"):
+        next(source)
+
+
+@pytest.mark.parametrize("change", ["kl", "temperature"])
+def test_answers_drawn_under_other_settings_are_thrown_away_on_resuming(change, capsys):
+    run = learner(options_for("grpo", minibatches=3))
+    train_step(run)
+    state = run.source.state_dict()
+    assert state["queue"]
+    more = {"policy": PolicyOptions(kl=0.1)} if change == "kl" else {}
+    options = replace(options_for("grpo", minibatches=3), **more)
+    if change == "temperature":
+        options = replace(options, rollout=replace(options.rollout, temperature=0.7))
+    other = learner(options)
+    other.source.load_state_dict(state)
+    assert not other.source.queue and "are thrown away" in capsys.readouterr().err
+    for _ in range(2):
+        assert np.isfinite(train_step(other)["loss"])
+    same = learner(options_for("grpo", minibatches=3))
+    same.source.load_state_dict(state)
+    assert same.source.queue
+
+
+def test_a_steered_weight_goes_on_and_a_new_one_holds():
+    given = PolicyOptions(kl=0.1, kl_in="reward", target_kl=2.0)
+    run = learner(replace(options_for("grpo"), policy=given))
+    train_step(run)
+    state = run.source.state_dict()
+    assert state["kl"] != 0.1
+    same, other = (learner(replace(options_for("grpo"), policy=p)) for p in (given, replace(given, kl=0.5)))
+    for one in (same, other):
+        one.source.load_state_dict(state)
+    assert same.source.advantage.kl == state["kl"] and other.source.advantage.kl == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+@pytest.mark.parametrize("more, says", [
+    ({"rollout": SamplingOptions(prompts=0)}, "prompts=0"),
+    ({"rollout": SamplingOptions(minibatches=0)}, "minibatches=0"),
+    ({"rollout": SamplingOptions(max_new=0)}, "max_new=0"), ({"policy": PolicyOptions(clip_low=2.0)}, "clip_low=2.0"),
+    ({"policy": PolicyOptions(correction=-1.0)}, "correction=-1.0"),
+    ({"algorithm": "cispo", "policy": PolicyOptions(level="mean")}, "weight_only"),
+    ({"algorithm": "ppo", "policy": PolicyOptions(average="answers")}, "ppo with these options")])
+def test_impossible_settings_are_told(more, says):
+    with pytest.raises(UserError, match=says):
+        derive(RLOptions(**more))
+
+
+@pytest.mark.parametrize("more, option", [
+    ({"model": StartOptions(reference="x")}, "model.reference"),
+    ({"model": StartOptions(critic="model")}, "model.critic"),
+    ({"policy": PolicyOptions(gamma=0.9)}, "policy.gamma"), ({"policy": PolicyOptions(kl_in="reward")}, "policy.kl_in"),
+    ({"policy": PolicyOptions(kl_estimator="k2")}, "policy.kl_estimator"),
+    ({"policy": PolicyOptions(kl=0.1, kl_in="reward", kl_estimator="k2")}, "policy.kl_estimator"),
+    ({"reward": RewardOptions(format=0.0, form="think")}, "reward.form"),
+    ({"algorithm": "rloo", "policy": PolicyOptions(scale="group")}, "policy.scale"),
+    ({"algorithm": "cispo", "policy": PolicyOptions(clip_low=0.1)}, "policy.clip_low"),
+    ({"rollout": SamplingOptions(turns=3)}, "rollout.turns")])
+def test_options_without_effect_are_told(more, option):
+    assert any(line.startswith(option + " has no effect") for line in without_effect(RLOptions(**more)))
+
+
+@pytest.mark.parametrize("more", [{}, {"policy": PolicyOptions(kl=0.1, kl_estimator="k2")},
+                                  {"algorithm": "ppo", "policy": PolicyOptions(gamma=0.9)}])
+def test_options_with_effect_are_not(more):
+    assert not without_effect(RLOptions(**more))
+
+
