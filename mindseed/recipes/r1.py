@@ -1,7 +1,7 @@
 """The R1 pipeline, from a base model to a reasoner and its small student, stage by stage (DeepSeek-R1, 2501.12948).
 
   mindseed r1 configs/r1-toy.toml                  over what `mindseed demo` has grown; goes on where it stopped
-  mindseed r1 configs/r1-toy.toml --zero           reinforcement learning straight on the base, as R1-Zero
+  mindseed r1 configs/r1-toy.toml --zero --out runs/r1-zero       reinforcement learning straight on the base
 
     cold start  the base is fine-tuned on some conversations with traces of thought, so that it thinks readably
     rl          rules reward right answers and that form; nobody shows it how to think
