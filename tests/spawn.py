@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,26 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["mindseed.recipes.train", "mindseed.cli"])
 
 
-def start(*words: object, out: str = os.devnull, err: str = os.devnull) -> multiprocessing.Process:
+def start(*words: object, out: str = os.devnull, err: str = os.devnull,
+          environment: dict[str, str] | None = None) -> multiprocessing.Process:
     """`mindseed words...` with its output in two files; leader of a session of its own, as a shell's commands are."""
-    process = FORKS.Process(target=child, args=(list(map(str, words)), out, err, os.getcwd(), dict(os.environ)))
+    process = FORKS.Process(target=child, args=(list(map(str, words)), out, err, os.getcwd(),
+                                                {**os.environ, **(environment or {})}))
     process.start()
     return process
+
+
+def start_ranks(*words: object, ranks: int, out: str = os.devnull,
+                err: str = os.devnull) -> list[multiprocessing.Process]:
+    """The same command on so many ranks, as torchrun starts them."""
+    if ranks == 1:
+        return [start(*words, out=out, err=err)]
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    return [start(*words, out=out, err=err, environment={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(ranks)]
 
 
 def child(words: list[str], out: str, err: str, folder: str, environment: dict[str, str]) -> None:
@@ -34,15 +50,18 @@ def child(words: list[str], out: str, err: str, folder: str, environment: dict[s
     sys.exit(main(words))
 
 
-def call(*words: object, timeout: float = 240) -> subprocess.CompletedProcess:
+def call(*words: object, timeout: float = 240, ranks: int = 1) -> subprocess.CompletedProcess:
     """`mindseed words...`, as subprocess.run does it."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
         for file in files:
             file.touch()
-        process = start(*words, out=str(files[0]), err=str(files[1]))
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
+        processes = start_ranks(*words, out=str(files[0]), err=str(files[1]), ranks=ranks)
+        for process in processes:
+            process.join(timeout)
+        if any(process.exitcode is None for process in processes):
+            for process in processes:
+                process.kill()
             raise subprocess.TimeoutExpired(words, timeout)
-        return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
+        code = max((process.exitcode for process in processes), key=abs)
+        return subprocess.CompletedProcess(words, code, *(file.read_text() for file in files))

@@ -1,6 +1,7 @@
 """Whole runs from the command line: killed, resumed, on two ranks, with bad input. Slow for tests, so few of them."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -49,9 +50,12 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def mindseed(*words: object, ranks: int = 1) -> list[str]:
+def mindseed(*words: object, ranks: int = 1, torchrun: bool = False) -> list[str]:
+    """The command; on several ranks as torchrun starts it, or by torchrun itself, which takes seconds to start."""
+    if not torchrun:
+        return [FORKED, str(ranks), *map(str, words)]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
-    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "mindseed", *map(str, words)]
+    return [sys.executable, *launcher, "-m", "mindseed", *map(str, words)]
 
 
 def free_port() -> int:
@@ -61,18 +65,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def train(corpus: Path, run: Path, *more: object, ranks: int = 1, weights: tuple = (0.7, 0.3)) -> list[str]:
+def train(corpus: Path, run: Path, *more: object, ranks: int = 1, torchrun: bool = False,
+          weights: tuple = (0.7, 0.3)) -> list[str]:
     return mindseed("train", "--out", run, "--data.train", corpus / "texts", corpus / "chats",
                     "--data.weights", *weights, "--data.tokenizer", corpus / "tokenizer", "--loop.steps", STEPS,
-                    *TINY, *more, ranks=ranks)
+                    *TINY, *more, ranks=ranks, torchrun=torchrun)
 
 
-PLAIN = [sys.executable, "-m", "mindseed"]
+FORKED = "mindseed, forked"
 
 
 def finish(command: list[str], code: int = 0) -> str:
-    if command[:3] == PLAIN:
-        done = spawn.call(*command[3:])
+    if command[0] == FORKED:
+        done = spawn.call(*command[2:], ranks=int(command[1]))
     else:
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, f"{done.returncode}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
@@ -82,24 +87,26 @@ def finish(command: list[str], code: int = 0) -> str:
 
 def kill_after(command: list[str], run: Path, step: int, sig: int = signal.SIGKILL) -> int:
     """Start a run and send it (and its workers) a signal once `step` is in its log; the exit code."""
-    if command[:3] == PLAIN:
-        process = spawn.start(*command[3:])
-        ended, wait = lambda: process.exitcode, process.join
+    if command[0] == FORKED:
+        processes = spawn.start_ranks(*command[2:], ranks=int(command[1]))
+        ended, wait = lambda: processes[0].exitcode, processes[0].join
     else:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   start_new_session=True)
-        ended, wait = process.poll, process.wait
+        processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                      start_new_session=True)]
+        ended, wait = processes[0].poll, processes[0].wait
+    pids = [process.pid for process in processes]
     try:
         wait_for(lambda: ended() is not None or last_step(run) >= step)
         assert ended() is None, "the run ended before it could be killed"
-        for pid in family(process.pid) if sig == signal.SIGKILL else [process.pid]:
+        for pid in [p for pid in pids for p in family(pid)] if sig == signal.SIGKILL else pids:
             os.kill(pid, sig)
         wait(60)
         return ended()
     finally:
         if ended() is None:
-            for pid in family(process.pid):
-                os.kill(pid, signal.SIGKILL)
+            for pid in [p for pid in pids for p in family(pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def family(pid: int) -> list[int]:
@@ -130,9 +137,10 @@ def losses(run: Path) -> list[tuple]:
 def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, kind, ranks):
     more = ["--optim.kind", kind, "--loop.ema", 0.9]
     finish(train(corpus, tmp_path / "whole", *more, ranks=ranks))
-    assert kill_after(train(corpus, tmp_path / "parts", *more, ranks=ranks), tmp_path / "parts", 20) != 0
+    parts = {"ranks": ranks, "torchrun": ranks > 1}
+    assert kill_after(train(corpus, tmp_path / "parts", *more, **parts), tmp_path / "parts", 20) != 0
     assert not (tmp_path / "parts" / "model").exists()
-    said = finish(train(corpus, tmp_path / "parts", *more, "--resume", ranks=ranks))
+    said = finish(train(corpus, tmp_path / "parts", *more, "--resume", **parts))
     assert "going on from" in said
     assert [s for s, *_ in losses(tmp_path / "parts")] == list(range(STEPS + 1))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
