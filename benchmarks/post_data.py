@@ -19,7 +19,7 @@ from mindseed.data.toy_text import SPACE
 from mindseed.data.toy_words import LANGS
 
 CARELESS = 0.6                                    # share of the answers that are given three times over
-PAIRS = 10_000                                    # for the reward model; DPO learns from the first 2,000 of them
+PAIRS, REPEATED = 10_000, 0.5                     # of which as many are judged for being said three times
 SMALL = 1_000                                     # conversations that the students of a teacher see, again and again
 
 
@@ -38,6 +38,11 @@ def careless(row: dict, rng: random.Random) -> dict:
 def careless_rows(world: World, first: int, end: int) -> Iterable[dict]:
     rng = random.Random(f"careless/{world.seed}/{first}")
     return (careless(row, rng) for row in list(world.conversations(end))[first:])
+
+
+def judged(world: World, first: int, end: int) -> Iterable[dict]:
+    """Pairs as people would judge this model's answers: half of the bad ones are false, half are said three times."""
+    return (toy_chat.preference(world.facts, world.facts.rng(f"judged/{i}"), REPEATED) for i in range(first, end))
 
 
 def translations(world: World, n: int) -> Iterable[dict]:
@@ -65,7 +70,7 @@ def write_data(folder: Path, seed: int) -> None:
     world, n = World(seed), ROWS["conversations"]
     rows = list(careless_rows(world, 0, n))
     write(folder / "small.jsonl", rows[:SMALL])
-    write(folder / "pairs.jsonl", world.preferences(PAIRS))
+    write(folder / "pairs.jsonl", judged(world, 0, PAIRS))
     write(folder / "translations.jsonl", translations(world, 2_000))
     write(folder / "unseen.jsonl", careless_rows(world, n, n + 300))
     write(folder / "careless.jsonl", rows)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.post_data import PAIRS, of_translation
+from benchmarks.post_data import PAIRS, judged, of_translation
 from mindseed.data.loader import Evaluation
 from mindseed.data.readers import read_rows
 from mindseed.data.shards import Prepared
@@ -40,7 +40,7 @@ def exact(loaded: Any, world: World) -> dict[str, float]:
 
 def preferred(loaded: Any, world: World) -> dict[str, float]:
     """Percent of unseen pairs of which the chosen answer is likelier per token, or better rewarded."""
-    rows = list(world.preferences(PAIRS + UNSEEN))[PAIRS:]
+    rows = list(judged(world, PAIRS, PAIRS + UNSEEN))
     sides = [encoded(loaded.tokenizer, [{"messages": row[side]} for row in rows]) for side in ("chosen", "rejected")]
     if loaded.model.value_head is not None:
         ranks = [score(loaded.model, [ids for ids, _ in some]) for some in sides]

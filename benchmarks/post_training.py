@@ -51,7 +51,7 @@ class Seed:
             "pretrain": lambda: demo.pretraining(self.grown, self.folder),
             "start": lambda: self.chat("start", "pretrain", "careless"),
             "dpo": lambda: self.pairs("dpo", 120, 1.5e-4, dpo=DPOOptions(beta=0.5, sft=0.5)),
-            "reward": lambda: self.pairs("reward", 450, 2e-3, data="pairs", kind="muon"),
+            "reward": lambda: self.pairs("reward", 450, 2e-3, kind="muon"),
             "grpo": lambda: self.reinforced("grpo", 60, 3e-4),
             "ppo": lambda: self.reinforced("ppo", 60, 3e-4, policy=PolicyOptions(kl=0.01, kl_in="reward")),
             "small": lambda: replace(demo.pretraining(self.grown, self.folder), out=str(self.folder / "small"),
@@ -79,13 +79,12 @@ class Seed:
                        data=replace(options.data, train=(*self.files(data), options.data.train[1])),
                        loop=replace(options.loop, steps=steps, validate_every=0))
 
-    def pairs(self, method: Any, steps: int, lr: float, *, data: str = "preferences", kind: Any = "adamw",
-              **more: Any) -> TrainOptions:
-        """DPO or the reward model, on the world's pairs."""
+    def pairs(self, method: Any, steps: int, lr: float, *, kind: Any = "adamw", **more: Any) -> TrainOptions:
+        """DPO or the reward model, on pairs of answers."""
         return TrainOptions(
             out=str(self.folder / method), resume="auto", seed=self.seed, device="cpu", method=method,
             model=ModelOptions(start=self.path("start")),
-            data=DataOptions(train=self.files(data), seq_len=demo.CONTEXT // 2, heldout=0.02),
+            data=DataOptions(train=self.files("pairs"), seq_len=demo.CONTEXT // 2, heldout=0.02),
             optim=OptimConfig(lr=lr, kind=kind, weight_decay=0.0),
             schedule=ScheduleConfig(kind="linear", warmup_steps=5),
             loop=LoopOptions(steps=steps, batch=32, micro_batch=16, sample_every=0, validate_every=0), **more)

@@ -227,11 +227,12 @@ def conversation(facts: Facts, rng: random.Random) -> dict:
     return {"conversations": messages}
 
 
-def preference(facts: Facts, rng: random.Random) -> dict:
-    """{"chosen", "rejected"}: one prompt, answered well and badly; bad is false, or true but said three times."""
+def preference(facts: Facts, rng: random.Random, repeated: float = 0.2) -> dict:
+    """{"chosen", "rejected"}: one prompt, answered well and badly; bad is false, or, in a share `repeated`, true but
+    said three times."""
     lang = rng.choice(words.LANGS)
     item = pick(PREFERENCES, rng)(facts, rng, lang)
-    bad = item.wrong if rng.random() < 0.8 else SPACE[lang].join([item.answer] * 3)
+    bad = item.wrong if rng.random() < 1 - repeated else SPACE[lang].join([item.answer] * 3)
     return {"chosen": [*item.prompt(), *item.reply_messages()],
             "rejected": [*item.prompt(), {"role": "assistant", "content": bad}]}
 
