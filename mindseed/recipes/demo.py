@@ -41,6 +41,7 @@ from mindseed.recipes import train as train_recipe
 from mindseed.recipes.grade import grade
 from mindseed.recipes.machine import choose_device
 from mindseed.recipes.options import DataOptions, LoopOptions, ModelOptions, TrainOptions
+from mindseed.recipes.post_options import DPOOptions
 from mindseed.recipes.report import write_report
 from mindseed.recipes.rl_options import PromptOptions, RLLoop, RLOptions, SamplingOptions, StartOptions
 from mindseed.recipes.run_folder import commit
@@ -164,6 +165,7 @@ def preferring(options: Options, folder: Path) -> TrainOptions:
     """Pairs of answers, a right one and one that is false or repeats itself."""
     return TrainOptions(
         out=str(folder / "dpo"), resume="auto", seed=options.seed, device=options.device, method="dpo",
+        dpo=DPOOptions(beta=0.5, sft=0.5),
         model=ModelOptions(start=str(folder / "fine-tune" / "model")),
         data=DataOptions(train=(str(folder / "world" / "preferences.jsonl"),), seq_len=CONTEXT // 2, heldout=0.05),
         optim=OptimConfig(kind="adamw", lr=5e-5, weight_decay=0.0),
