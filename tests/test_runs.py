@@ -310,7 +310,8 @@ def test_a_full_disk_loses_nothing(corpus, tmp_path):
     shutil.copytree(finished_run(corpus, tmp_path.parent / "kept"), run)
     before = {p.name: (p / "trainer.pt").read_bytes() for p in (run / "checkpoints").glob("step-*")}
     command = train(corpus, run, "--loop.steps", 16, "--resume")
-    out = finish(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command], 2)           # KiB: less than a checkpoint
+    shell = [sys.executable, "-m", "mindseed", *command[2:]]
+    out = finish(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *shell], 2)             # KiB: less than a checkpoint
     assert "could not write" in out and "What was there before is intact" in out
     assert {p.name: (p / "trainer.pt").read_bytes() for p in (run / "checkpoints").glob("step-*")} == before
     assert not list((run / "checkpoints").glob(".*tmp*"))
