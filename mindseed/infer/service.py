@@ -119,8 +119,10 @@ class Service:
         return EngineDead(f"the engine has stopped: {'it was closed' if self.error is None else repr(self.error)}")
 
     def read_inbox(self, *, wait: bool, refuse: bool = False) -> None:
-        """Answer all letters that are there; `wait` for one."""
-        while True:
+        """Answer the letters that are there, not those that their answers bring: a pass comes first. `wait` for one."""
+        letters = max(self.inbox.qsize(), wait)
+        while letters > 0 or refuse:
+            letters -= 1
             try:
                 function, future = self.inbox.get(block=wait, timeout=1.0 if wait else None)
             except queue.Empty:
