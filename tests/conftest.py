@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                # no test may use the network
 os.environ.setdefault("COLUMNS", "120")                     # tables and help of the same width everywhere
 
+os.fsync = lambda descriptor: None                          # tests kill processes, not machines: the disk can wait
+
 import pytest                                               # noqa: E402
 import torch                                                # noqa: E402
 

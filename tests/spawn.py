@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mindseed.recipes.train", "mindseed.cli"])
+FORKS.set_forkserver_preload(["mindseed.cli", "tests.warm"])
 
 
 def start(*words: object, out: str = os.devnull, err: str = os.devnull,

@@ -137,10 +137,10 @@ def losses(run: Path) -> list[tuple]:
 def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, kind, ranks):
     more = ["--optim.kind", kind, "--loop.ema", 0.9]
     finish(train(corpus, tmp_path / "whole", *more, ranks=ranks))
-    parts = {"ranks": ranks, "torchrun": ranks > 1}
-    assert kill_after(train(corpus, tmp_path / "parts", *more, **parts), tmp_path / "parts", 20) != 0
+    parts = train(corpus, tmp_path / "parts", *more, ranks=ranks, torchrun=ranks > 1)
+    assert kill_after(parts, tmp_path / "parts", 20) != 0
     assert not (tmp_path / "parts" / "model").exists()
-    said = finish(train(corpus, tmp_path / "parts", *more, "--resume", **parts))
+    said = finish(train(corpus, tmp_path / "parts", *more, "--resume", ranks=ranks))
     assert "going on from" in said
     assert [s for s, *_ in losses(tmp_path / "parts")] == list(range(STEPS + 1))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

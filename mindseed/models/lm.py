@@ -32,8 +32,8 @@ class LM(nn.Module):
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.place = nn.Embedding(config.seq_len, config.dim) if config.learned_positions else None
+        self.embed = empty_embedding(config.vocab_size, config.dim)
+        self.place = empty_embedding(config.seq_len, config.dim) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.head = None if config.tied else Linear(config.dim, config.vocab_size, role="column")
@@ -106,7 +106,10 @@ class LM(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random weights: matrices with variance 1 / fan_in, those that write into the residual stream smaller by
-        sqrt(2 * layers) so that its size does not grow with depth (GPT-2), embeddings with deviation 0.02."""
+        sqrt(2 * layers) so that its size does not grow with depth (GPT-2), embeddings with deviation 0.02. Nothing
+        is drawn on the meta device, where it would only load torch's compiler."""
+        if self.embed.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(0, 0.02, generator=generator)
@@ -121,6 +124,10 @@ class LM(nn.Module):
                 module.reset_parameters(generator)
             for buffer in module.buffers(recurse=False):                          # biases of routers
                 buffer.zero_()
+
+
+def empty_embedding(rows: int, dim: int) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
 
 
 def build(config: LMConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> LM:

@@ -95,6 +95,8 @@ class Options:
     device: str = option("auto", help="cpu, cuda, mps; auto: the GPU if there is one")
     tag_weight: float = option(1.0, help="weight of the think and answer tags in the cold start's loss; above 1 the "
                                          "form is learnt sooner")
+    cold_general: float = option(0.0, help="share of general conversations in the cold start; a base that has learnt "
+                                           "little needs some, for reinforcement finds only what is sometimes right")
     samples: int = option(4, help="answers to each problem of which the right ones become lessons")
     temperature: float = option(0.8, help="of these answers")
     optimizer: Literal["adamw", "muon"] = option("muon", help="of the stages of fine-tuning")
@@ -125,6 +127,8 @@ def check(options: Options) -> None:
     needed = ["problems", "heldout"] + ([] if options.zero else ["traces", "general"])
     if missing := [name for name in needed if not getattr(options.data, name)]:
         raise UserError(f"data.{missing[0]} is empty: name files; configs/r1-toy.toml shows which")
+    if not 0 <= options.cold_general < 1:
+        raise UserError(f"cold_general is a share from 0 to below 1, not {options.cold_general:g}")
     problems = read_prompts(options.data.problems)
     for prompt in [*problems, *read_prompts(options.data.heldout)]:
         if kind_of(prompt.row, prompt.name) == "code":
@@ -180,8 +184,11 @@ class Pipeline:
         traces = self.folder / "cold-start-traces.jsonl"
         if not traces.exists():
             write_rows(traces, thoughtful(self.options.data.traces, self.options.data.trace_limit))
-        objective = ObjectiveOptions(tag_weight=self.options.tag_weight)
-        self.fine_tune("cold-start", self.options.cold, (str(traces),), objective=objective)
+        o = self.options
+        general, share = (o.data.general, o.cold_general) if o.cold_general else ((), 0.0)
+        weights = (1 - share, *[share / len(general)] * len(general)) if general else ()
+        self.fine_tune("cold-start", o.cold, (str(traces), *general), weights=weights,
+                       objective=ObjectiveOptions(tag_weight=o.tag_weight))
 
     def first_rl(self) -> None:
         """Rewards for being right, and for thinking, on the problems that need thought."""
