@@ -1,7 +1,10 @@
 """Reinforcement learning at its edges: what is odd, cut, changed on resuming, or gamed."""
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from mindseed.base.errors import UserError
 from mindseed.infer.rows import Completion
 from mindseed.objectives.grpo import divergence
 from mindseed.objectives.sft import SFT
-from mindseed.recipes.rl_options import (PolicyOptions, RewardOptions, RLOptions, SamplingOptions, StartOptions, derive,
-                                         without_effect)
+from mindseed.recipes.rl import open_prompts
+from mindseed.recipes.rl_options import (PolicyOptions, PromptOptions, RewardOptions, RLOptions, SamplingOptions,
+                                         StartOptions, derive, without_effect)
 from mindseed.rl.env import Play, ToolUse, answered, say
 from mindseed.rl.prompts import Prompt, Prompts
 from mindseed.rl.rejection import seed_of
@@ -23,7 +27,7 @@ from mindseed.tasks.tools import TOOLS
 from mindseed.tokenizers.byte import Byte
 from mindseed.train.step import train_step
 from tests.test_rl import bandit, learner, options_for, rollout
-from tests.tiny import random_batch
+from tests.tiny import random_batch, tiny_model
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards
@@ -218,3 +222,15 @@ def test_options_with_effect_are_not(more):
     assert not without_effect(RLOptions(**more))
 
 
+
+
+def test_what_is_measured_on_is_spread_over_a_sorted_file(tmp_path):
+    rows = [{"question": f"{family} {i}", "answer": "1", "family": family} for family in "abc" for i in range(40)]
+    for name in ("learnt", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = RLOptions(rollout=SamplingOptions(max_new=8),
+                        data=PromptOptions(train=(str(tmp_path / "learnt.jsonl"),), limit=30,
+                                           heldout=(str(tmp_path / "heldout.jsonl"),)))
+    loaded = SimpleNamespace(model=tiny_model(), tokenizer=Byte(), template=None)
+    _, heldout = open_prompts(options, loaded)
+    assert Counter(p.row["family"] for p in heldout.prompts) == {"a": 10, "b": 10, "c": 10}

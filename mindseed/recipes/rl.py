@@ -193,7 +193,8 @@ def open_prompts(options: RLOptions, loaded: Loaded) -> tuple[Prompts, Prompts |
         return Prompts(some, loaded.tokenizer, seed=options.seed, template=loaded.template, thinking=thinking,
                        longest=seq_len - options.rollout.max_new)
 
-    return encoded(rows), encoded(heldout[:data.limit]) if heldout else None
+    n = min(data.limit, len(heldout))             # from the whole file, whose rows may be sorted by what they ask
+    return encoded(rows), encoded([heldout[i * len(heldout) // n] for i in range(n)]) if heldout else None
 
 
 def check_rows(options: RLOptions, prompts: list[Prompt]) -> None:

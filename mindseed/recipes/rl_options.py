@@ -52,7 +52,7 @@ class PromptOptions:
     heldout: tuple[str, ...] = option((), help="files of problems to measure on, not learnt from [a share of "
                                                 "data.train]")
     share: float = option(0.05, help="share of the prompts set apart for measuring, if data.heldout is empty")
-    limit: int = option(200, help="prompts measured on, at most")
+    limit: int = option(200, help="prompts measured on, at most, evenly from all that are held out")
     system: str = option("", help="system message put before every prompt")
     thinking: Literal["auto", "on", "off"] = option(
         "auto", help="on: every answer begins with a <think> block; off: with an empty one; auto: as the model likes")
