@@ -237,7 +237,8 @@ def test_transformers_gives_the_same_tokens(tokenizer, auto, messages, tools, pr
 def test_rows_of_every_kind_become_the_same_messages():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     for row in ({"conversations": turns}, {"messages": turns}, {"instruction": "q", "input": "", "output": "a"},
-                {"instruction": "q", "output": "a"}, {"messages": turns, "tools": "[]"},
+                {"instruction": "q", "output": "a"}, {"question": "q", "answer": "a"},
+                {"messages": turns, "tools": "[]"},
                 {"messages": [t | {"tools": None, "tool_calls": "", "reasoning_content": None} for t in turns]}):
         assert normalise(row) == (turns, None)
     assert normalise({"instruction": "q", "input": "in", "output": "a"})[0][0]["content"] == "q\nin"

@@ -142,6 +142,7 @@ def test_missing_files_are_named(tmp_path):
     (ROWS[2], "chat", ["hi", "yo"]),
     ({"messages": [{"role": "assistant", "reasoning_content": "why", "content": ""}]}, "chat", ["why"]),
     ({"instruction": "do", "input": "", "output": "done", "text": "whole prompt"}, "chat", None),
+    ({"question": "2+2?", "answer": "4"}, "chat", ["2+2?", "4"]),
     ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference", ["q", "good", "bad"]),
     ({"prompt": "q", "completion": "good", "label": False}, "unpaired", ["q", "good"]),
     ({"prompt": "q", "steps": ["one", "two"], "labels": [1, 0]}, "steps", ["q", "one", "two"]),
@@ -153,5 +154,5 @@ def test_kinds_and_their_texts(row, kind, found):
 
 
 def test_no_kind():
-    with pytest.raises(BadRow, match='"question", "answer"'):
-        kind_of({"question": "?", "answer": "!"})
+    with pytest.raises(BadRow, match='the keys are "query", "answer"'):
+        kind_of({"query": "?", "answer": "!"})

@@ -14,7 +14,8 @@ from mindseed.base.errors import UserError
 from mindseed.data.formats import FORMATS, BadRow, check, json_type, parse, payloads, suffix_of
 
 ACCEPTED = ('{"text"}, {"conversations": [...]}, {"messages": [...]}, {"instruction", "input", "output"}, '
-            '{"chosen", "rejected"}, {"prompt", "completion", "label"} or {"prompt", "steps", "labels"}')
+            '{"question", "answer"}, {"chosen", "rejected"}, '
+            '{"prompt", "completion", "label"} or {"prompt", "steps", "labels"}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def kind_of(row: dict[str, Any]) -> str:
         return "unpaired"
     if "labels" in keys and {"steps", "completions"} & keys:
         return "steps"
-    if {"conversations", "messages"} & keys or {"instruction", "output"} <= keys:
+    if {"conversations", "messages"} & keys or {"instruction", "output"} <= keys or {"question", "answer"} <= keys:
         return "chat"
     if "text" in row:
         if not isinstance(row["text"], str):
@@ -79,7 +80,7 @@ def kind_of(row: dict[str, Any]) -> str:
 def row_texts(row: dict[str, Any]) -> Iterator[str]:
     """Every natural text inside a row, for training a tokenizer: contents, reasoning, chosen and rejected answers."""
     for key in ("text", "prompt", "instruction", "input", "output", "conversations", "messages", "chosen", "rejected",
-                "completion", "completions", "steps"):
+                "completion", "completions", "steps", "question", "answer"):
         yield from _texts(row.get(key))
 
 

@@ -226,7 +226,8 @@ def check(messages: list[Message]) -> None:
 
 
 def normalise(row: dict[str, Any]) -> tuple[list[Message], Tools]:
-    """(messages, tools) of a data row: MiniMind's `conversations`, `messages`, or Alpaca's instruction and output.
+    """(messages, tools) of a data row: MiniMind's `conversations`, `messages`, Alpaca's instruction and output, or a
+    question and its answer.
 
     `tools` may stand in the row or in a message (there once called `functions`); it, `tool_calls` and their
     `arguments` may be JSON in a string. Raises UserError for all that cannot be rendered, and for an assistant's turn
@@ -240,9 +241,11 @@ def normalise(row: dict[str, Any]) -> tuple[list[Message], Tools]:
         given = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
         if row.get("system"):
             given.insert(0, {"role": "system", "content": row["system"]})
+    elif "question" in row and "answer" in row:
+        given = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
     else:
         raise UserError(f"no conversation: the keys are {', '.join(row) or 'none'}; expected conversations, messages, "
-                        "or instruction and output")
+                        "instruction and output, or question and answer")
     check([message | {"tool_calls": from_json(message.get("tool_calls"), f"message {i}: tool_calls")}
            if isinstance(message, dict) else message for i, message in enumerate(given)]
           if isinstance(given, list) else given)
