@@ -126,8 +126,8 @@ class Seed:
             out=str(self.folder / "r1"), base=self.path("pretrain"), seed=self.seed, device="cpu",
             data=r1.R1Data(problems=self.files("problems"), heldout=self.files("heldout"),
                            traces=self.files("careless"), general=self.files("careless"),
-                           families=("steps", "arithmetic"), trace_limit=1500),
-            cold=lesson(steps=60), first=reinforce(steps=30), again=lesson(steps=160), second=reinforce(steps=40),
+                           families=("steps", "arithmetic"), trace_limit=6000), cold_general=0.5,
+            cold=lesson(steps=240), first=reinforce(steps=40), again=lesson(steps=300), second=reinforce(steps=60),
             small=lesson(steps=200), student=ModelOptions(preset="toy", **HALF))
 
     def alone(self) -> TrainOptions:

@@ -11,6 +11,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, Callable
+
+import torch
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["mindseed.cli", "tests.warm"])
@@ -25,14 +28,50 @@ def start(*words: object, out: str = os.devnull, err: str = os.devnull,
     return process
 
 
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def on_ranks(function: Callable[[int, int], Any], ranks: int = 2, timeout: float = 120) -> list[Any]:
+    """What function(rank, ranks) gives on each rank of a process group."""
+    results, port = FORKS.SimpleQueue(), free_port()
+    processes = [FORKS.Process(target=member, args=(function, rank, ranks, port, results)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        got = {}
+        while len(got) < ranks:
+            for process in processes:
+                process.join(0.02)
+                assert process.exitcode in (None, 0), "a rank failed"
+            while not results.empty():
+                rank, value = results.get()
+                got[rank] = value
+            timeout -= 0.04
+            assert timeout > 0, "waited too long for the ranks"
+        return [got[rank] for rank in range(ranks)]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def member(function: Callable[[int, int], Any], rank: int, ranks: int, port: int, results: Any) -> None:
+    from mindseed.base import dist
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    torch.set_num_threads(1)
+    with dist.process_group(torch.device("cpu")):
+        results.put((rank, function(rank, ranks)))
+
+
 def start_ranks(*words: object, ranks: int, out: str = os.devnull,
                 err: str = os.devnull) -> list[multiprocessing.Process]:
     """The same command on so many ranks, as torchrun starts them."""
     if ranks == 1:
         return [start(*words, out=out, err=err)]
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     return [start(*words, out=out, err=err, environment={
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}) for rank in range(ranks)]

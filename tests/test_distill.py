@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.core import Batch, Output
 from mindseed.interop.directory import Loaded, load_directory, save_directory
@@ -25,7 +23,8 @@ from mindseed.optim.ema import EMA
 from mindseed.tokenizers.byte import Byte
 from mindseed.train.state import capture, restore
 from mindseed.train.teacher import check_teacher, distillation
-from tests.test_train import free_port, make_run, steps
+from tests import spawn
+from tests.test_train import make_run, steps
 from tests.tiny import (FFN_KIT, MIXER_KIT, VOCAB, Fixed, flat, kit, kit_model, random_batch, randomise, split,
                         tiny_model)
 
@@ -364,14 +363,9 @@ def test_a_model_directory_holds_no_projections(tmp_path):
         "matching.projections.0.weight", "matching.projections.1.weight"}
 
 
-def on_rank(rank: int, world: int, port: int, results) -> None:
-    import os
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    with dist.process_group(torch.device("cpu")):
-        out, weights = on_one(split(random_batch(8, 16, empty=(0, 1)), 4)[rank::world], 2)
-        if rank == 0:
-            results.put((out, weights.tolist()))
+def on_rank(rank: int, world: int) -> tuple:
+    out, weights = on_one(split(random_batch(8, 16, empty=(0, 1)), 4)[rank::world], 2)
+    return out, weights.tolist()
 
 
 def on_one(batches: list[Batch], accumulate: int):
@@ -385,11 +379,7 @@ def on_one(batches: list[Batch], accumulate: int):
 @pytest.mark.slow
 def test_two_ranks_equal_one_on_the_union():
     """One rank begins with a micro-batch of which nothing counts."""
-    results = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(on_rank, args=(2, free_port(), results), nprocs=2, join=False)
-    two, weights = results.get()
-    while not context.join():
-        pass
+    two, weights = spawn.on_ranks(on_rank)[0]
     one, want = on_one([random_batch(8, 16, empty=(0, 1))], 1)
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64), want, rtol=1e-8, atol=1e-9)

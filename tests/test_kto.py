@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from mindseed.base import dist
@@ -18,9 +17,10 @@ from mindseed.data.preference import UnpairedRows, reference_logps
 from mindseed.data.shards import MemoryDocuments
 from mindseed.objectives.kto import KTO, document
 from mindseed.train.step import Run, train_step
+from tests import spawn
 from tests.test_dpo import gradients, stub
 from tests.test_preference import random_documents
-from tests.test_train import free_port, make_run
+from tests.test_train import make_run
 from tests.tiny import VOCAB, Fixed, flat, random_batch, tiny_model
 
 LABELS = [1, 0, 0, 1, 1, 0, 1, 0]
@@ -164,19 +164,13 @@ def train(rank: int, world: int, steps: int = 3) -> tuple[list, torch.Tensor]:
     return [[metrics[name] for name in names] for metrics in (train_step(run) for _ in range(steps))], flat(model)
 
 
-def on_rank(rank: int, world: int, port: int, results) -> None:
-    import os
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    with dist.process_group(torch.device("cpu")):
-        values, weights = train(rank, world)
-        results[rank] = values, weights.tolist()
+def on_rank(rank: int, world: int) -> tuple:
+    values, weights = train(rank, world)
+    return values, weights.tolist()
 
 
 def test_two_ranks_equal_one_on_the_union():
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(on_rank, args=(2, free_port(), results), nprocs=2)
-        found = dict(results)
+    found = spawn.on_ranks(on_rank)
     values, weights = train(0, 1)
     assert values[0][2] > 0                                           # z plays a part
     for rank in (0, 1):

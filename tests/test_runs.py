@@ -54,15 +54,8 @@ def mindseed(*words: object, ranks: int = 1, torchrun: bool = False) -> list[str
     """The command; on several ranks as torchrun starts it, or by torchrun itself, which takes seconds to start."""
     if not torchrun:
         return [FORKED, str(ranks), *map(str, words)]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(spawn.free_port())]
     return [sys.executable, *launcher, "-m", "mindseed", *map(str, words)]
-
-
-def free_port() -> int:
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def train(corpus: Path, run: Path, *more: object, ranks: int = 1, torchrun: bool = False,

@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
-from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.core import Batch
 from mindseed.data.loader import PackedRows, RowSource
@@ -23,6 +21,7 @@ from mindseed.train.native import PATIENCE, NativeBackend, NonFinite
 from mindseed.train.state import Checkpoints, capture, compare, restore
 from mindseed.train.step import Run, train_step
 from mindseed.train.validate import evaluate
+from tests import spawn
 from tests.tiny import VOCAB, Fixed, flat, random_batch, split, tiny_model
 
 
@@ -63,28 +62,19 @@ def test_accumulation_changes_nothing(pieces, objective):
     torch.testing.assert_close(flat(many.backend.model), flat(one.backend.model), rtol=1e-9, atol=1e-9)
 
 
-def on_rank(rank: int, world: int, port: int, results) -> None:
-    import os
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    with dist.process_group(torch.device("cpu")):
-        model = tiny_model(seed=rank).double()                            # DDP must start from rank 0's weights
-        pieces = split(random_batch(8, 24, empty=(4, 5)), 4)
-        run = make_run(model, Fixed(pieces[rank::world]), accumulate=2)
-        out = steps(run, 3)
-        streamed = make_run(tiny_model().double(), mixture(2, rank, world), accumulate=2, kind="muon")
-        out += steps(streamed, 3)
-        if rank == 0:
-            results.put((out, flat(model).tolist(), flat(streamed.backend.model).tolist()))
+def on_rank(rank: int, world: int) -> tuple:
+    model = tiny_model(seed=rank).double()                                # DDP must start from rank 0's weights
+    pieces = split(random_batch(8, 24, empty=(4, 5)), 4)
+    run = make_run(model, Fixed(pieces[rank::world]), accumulate=2)
+    out = steps(run, 3)
+    streamed = make_run(tiny_model().double(), mixture(2, rank, world), accumulate=2, kind="muon")
+    out += steps(streamed, 3)
+    return out, flat(model).tolist(), flat(streamed.backend.model).tolist()
 
 
 def test_two_ranks_equal_one_on_the_union():
     """Loss and gradient norm, since AdamW would hide a wrong scale; one micro-batch has no supervised token."""
-    results = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(on_rank, args=(2, free_port(), results), nprocs=2, join=False)
-    two, weights, streamed_weights = results.get()
-    while not context.join():
-        pass
+    two, weights, streamed_weights = spawn.on_ranks(on_rank)[0]
     one = make_run(tiny_model().double(), Fixed([random_batch(8, 24, empty=(4, 5))]))
     streamed = make_run(tiny_model().double(), mixture(4), accumulate=2, kind="muon")
     want = steps(one, 3) + steps(streamed, 3)
@@ -92,13 +82,6 @@ def test_two_ranks_equal_one_on_the_union():
     for got, run in ((weights, one), (streamed_weights, streamed)):
         got = torch.tensor(got, dtype=torch.float64)
         torch.testing.assert_close(got, flat(run.backend.model), rtol=1e-8, atol=1e-9)
-
-
-def free_port() -> int:
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
