@@ -128,7 +128,7 @@ class Seed:
                            traces=self.files("careless"), general=self.files("careless"),
                            families=("steps", "arithmetic"), trace_limit=6000), cold_general=0.5,
             cold=lesson(steps=240), first=reinforce(steps=40), again=lesson(steps=300), second=reinforce(steps=60),
-            small=lesson(steps=200), student=ModelOptions(preset="toy", **HALF))
+            small=lesson(steps=300), student=ModelOptions(start=self.path("small")))
 
     def alone(self) -> TrainOptions:
         """Fine-tuning on the careless conversations for as many tokens as the R1 pipeline learnt from."""
@@ -158,6 +158,7 @@ class Seed:
     def reasoner(self) -> dict[str, dict[str, float]]:
         """The stages of the R1 pipeline, and what each came to."""
         self.model("pretrain")
+        self.model("small")
         pipeline = r1.Pipeline(self.pipeline(), CPU)
         pipeline.run()
         return {seen["stage"]: seen for seen in pipeline.seen}
