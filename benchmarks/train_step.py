@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROUNDS, in_process, in_turn, ratio, reference, report, seconds, spread
-from mindseed.base.hardware import measured_peak
+from mindseed.base.hardware import measured_peak, peak_memory
 from mindseed.core import Batch
 from mindseed.models.lm import build
 from mindseed.models.presets import PRESETS, Shape
@@ -101,7 +101,7 @@ def memory(which: str, compiled: bool) -> None:
         step()
     done.set()
     watcher.join()
-    print(json.dumps({"bytes": top[0] - before, "whole": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({"bytes": top[0] - before, "whole": peak_memory("cpu")}))
 
 
 def resident() -> int:

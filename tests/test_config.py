@@ -21,8 +21,8 @@ from mindseed import cli
 from mindseed.base.config import diff, from_dict, load_toml, option, parse, to_dict, to_toml
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, write_text
-from mindseed.base.hardware import (PEAKS, describe_machine, listed_peak, measured_peak, timed_matmul,
-                                     total_memory)
+from mindseed.base.hardware import (PEAKS, describe_machine, listed_peak, measured_peak, peak_memory,
+                                     timed_matmul, total_memory)
 from mindseed.base.log import (JsonlSink, StepBar, bytes_text, duration, extra, open_sinks, read_jsonl, si, step_line,
                                units)
 from mindseed.optim.groups import OptimConfig
@@ -393,6 +393,14 @@ def test_peaks_are_dense_figures():
     for name, peaks in PEAKS:
         if "fp8" in peaks:
             assert peaks["fp8"] == pytest.approx(2 * peaks["bf16"], rel=0.05), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system only tells what a process began with")
+def test_peak_memory_is_that_of_the_process_alone():
+    held = b"x" * 300_000_000
+    assert peak_memory("cpu") > len(held)
+    code = "from mindseed.base.hardware import peak_memory; print(peak_memory('cpu'))"
+    assert 1e6 < int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) < len(held)
 
 
 def test_the_machine_is_described_and_measured():

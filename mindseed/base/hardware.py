@@ -6,6 +6,7 @@ everything else, CPUs above all, it is measured with a large matrix product, onc
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -147,9 +148,12 @@ def total_memory(device: torch.device | str) -> int:
 
 def peak_memory(device: torch.device | str) -> int:
     """Bytes: the most that tensors took on a GPU so far, or the process's largest resident size on the CPU."""
-    import torch
-    if torch.device(device).type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):      # getrusage begins with what the starting process had
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     import resource
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
