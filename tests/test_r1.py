@@ -102,6 +102,17 @@ def test_zero_begins_with_the_base(ran, tmp_path):
     assert list(stages(zero)) == ["base", "rl"]
 
 
+def test_zero_asks_a_base_in_plain_text(ran, tmp_path):
+    zero = replace(ran, out=str(tmp_path / "zero"), zero=True, base=str(Path(ran.out) / "cold-start/model"),
+                   data=replace(ran.data, plain="{question}", stop=("\n",)))
+    with pytest.raises(UserError, match="nothing to learn from"):             # as text it has never been asked
+        r1.main(zero)
+    said = (Path(zero.out) / "rl/config.toml").read_text()
+    assert 'plain = "{question}"' in said and 'stop = ["\\n"]' in said
+    with pytest.raises(UserError, match="are for --zero"):
+        r1.main(replace(zero, zero=False))
+
+
 def test_interrupted_is_told_and_goes_on(options, tmp_path, monkeypatch, capsys):
     here, real = replace(options, out=str(tmp_path / "run"), until="cold-start"), r1.train.train
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from mindseed.base.errors import UserError
+from mindseed.infer.engine import Engine, EngineConfig
 from mindseed.infer.rows import Completion
+from mindseed.models.lm import build
 from mindseed.objectives.grpo import divergence
 from mindseed.objectives.sft import SFT
 from mindseed.recipes.rl import open_prompts
 from mindseed.recipes.rl_options import (PolicyOptions, PromptOptions, RewardOptions, RLOptions, SamplingOptions,
                                          StartOptions, derive, without_effect)
-from mindseed.rl.env import Play, ToolUse, answered, say
+from mindseed.rl.env import Play, SingleTurn, ToolUse, answered, play, say
 from mindseed.rl.prompts import Prompt, Prompts
 from mindseed.rl.rejection import seed_of
 from mindseed.rl.reward import Judge, Sample, Term, each, function, used_result
@@ -234,3 +236,25 @@ def test_what_is_measured_on_is_spread_over_a_sorted_file(tmp_path):
     loaded = SimpleNamespace(model=tiny_model(), tokenizer=Byte(), template=None)
     _, heldout = open_prompts(options, loaded)
     assert Counter(p.row["family"] for p in heldout.prompts) == {"a": 10, "b": 10, "c": 10}
+
+
+def test_plain_text_in_place_of_the_template_and_texts_that_end_an_answer():
+    tokenizer = Byte()
+    model = build(replace(tiny_model().config, vocab_size=tokenizer.vocab_size, seq_len=128))
+    asked = [Prompt(messages=[{"role": "user", "content": "2+3"}], name="some:1")]
+    prompts = Prompts(asked, tokenizer, seed=0, plain="Sum: {question}=")
+    assert prompts.ids == [[tokenizer.bos_id, *tokenizer.encode("Sum: 2+3=")]] and prompts.tail() == []
+    engine = Engine(model, tokenizer, EngineConfig(max_seqs=8))
+    ends = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    samples = play(engine, prompts, [0], SingleTurn(), Play(answers=8, max_new=40, stop=ends))
+    assert sum(s.trajectory.finish == "stop" for s in samples) >= 4
+    for s in samples:
+        said = tokenizer.decode([id for id, mine in zip(s.trajectory.ids, s.trajectory.mine) if mine])
+        assert not set(s.text) & set(ends)
+        assert s.trajectory.finish != "stop" or said[-1] in ends               # it was drawn, so it is learnt
+    with pytest.raises(UserError, match="needs {question}"):
+        Prompts(asked, tokenizer, seed=0, plain="Sum:")
+    with pytest.raises(UserError, match="some:1: as plain text one question"):
+        Prompts([replace(asked[0], tools=[{}])], tokenizer, seed=0, plain="{question}")
+    with pytest.raises(UserError, match="leaves out the chat template"):
+        derive(RLOptions(data=PromptOptions(train=("x",), plain="{question}", tools=True)))

@@ -12,7 +12,7 @@ from mindseed.data.toy import HELDOUT, ROWS, World, write_world
 from mindseed.tasks.toy import FAMILIES, ToyTask, score_table
 from mindseed.tokenizers.chat import normalise, parse_answer, render
 
-SMALL = {"pretrain": 6000, "conversations": 6000, "preferences": 1500, "problems": 1500}
+SMALL = {"pretrain": 6000, "conversations": 6000, "preferences": 1500, "problems": 1500, "sums": 600}
 PAIR = re.compile(r"(?<![\d.])(\d{1,2}) ?(?:\+|-|plus|minus|加|减) ?(\d{1,2})(?!\d)")
 
 
@@ -55,15 +55,16 @@ def test_bytes_are_a_function_of_the_seed(tmp_path):
     for kind in first:
         assert first[kind].read_bytes() == second[kind].read_bytes()
         assert first[kind].read_bytes() != other[kind].read_bytes()
-    assert set(first) == {*ROWS, "heldout"}
+    assert set(first) == {*ROWS, "heldout", "sums-heldout"}
 
 
 def test_bytes_are_known(tmp_path):
     """A change of this digest changes everyone's data and every recorded result: do it knowingly."""
-    digest = hashlib.sha256()
-    for path in write_world(tmp_path, seed=0, scale=0.02).values():
-        digest.update(path.read_bytes())
-    assert digest.hexdigest() == "d1d1f571b1bba8eee1518e0dda3843818795a4628a544e2ec384c9d6e8145822"
+    digests = {True: hashlib.sha256(), False: hashlib.sha256()}
+    for name, path in write_world(tmp_path, seed=0, scale=0.02).items():
+        digests["sums" in name].update(path.read_bytes())
+    assert digests[False].hexdigest() == "d1d1f571b1bba8eee1518e0dda3843818795a4628a544e2ec384c9d6e8145822"
+    assert digests[True].hexdigest() == "f523f425cd09090247329506698d9a247a8dddd761691ecd3dd6354d431b2996"
 
 
 def test_more_rows_only_append(world):

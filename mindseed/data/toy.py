@@ -25,7 +25,9 @@ from mindseed.data.toy_words import LANGS
 # Items per family, half of them in each language. The overall score is the mean over all items; the two hard
 # families hold a fifth of them.
 HELDOUT = {"facts": 60, "translation": 60, "arithmetic": 60, "reading": 60, "told": 40, "steps": 40, "tools": 60}
-ROWS = {"pretrain": 30_000, "conversations": 20_000, "preferences": 2_000, "problems": 2_000}     # at scale 1
+ROWS = {"pretrain": 30_000, "conversations": 20_000, "preferences": 2_000, "problems": 2_000,
+        "sums": 1_000}                                                            # at scale 1
+HELD_SUMS = 60
 
 
 class World:
@@ -53,6 +55,12 @@ class World:
         """{"family", "lang", "question", "messages", "answer"}: gradable, from the training side of the border."""
         return self._rows("problems", n, chat.problem)
 
+    def sums(self, n: int, *, held: bool = False) -> Iterator[dict]:
+        """{"prompt", "answer"}: "7+5=" and "12", as the pretraining texts write it, for a model that knows no more than
+        them; `held`: of those pairs of numbers that no row holds."""
+        kind = "sums/held" if held else "sums"
+        return self._rows(kind, n, lambda facts, rng: chat.equation(facts, rng, held))
+
     def heldout(self) -> list[dict]:
         """The graded items, like `problems`, none of which is in any training row; `HELDOUT` says how many."""
         makers = {"facts": chat.known, "translation": chat.translation, "arithmetic": chat.arithmetic,
@@ -77,15 +85,16 @@ class World:
 
 
 def write_world(folder: Path | str, seed: int = 0, scale: float = 1.0) -> dict[str, Path]:
-    """Write pretrain, conversations, preferences, problems and heldout as .jsonl; return their paths by name.
+    """Write pretrain, conversations, preferences, problems, sums and what is held out as .jsonl; return their paths.
 
-    `scale` multiplies `ROWS`; the held-out set is always whole. Raises UserError for a scale that leaves no rows.
+    `scale` multiplies `ROWS`; the held-out sets are always whole. Raises UserError for a scale that leaves no rows.
     """
     world, folder = World(seed), Path(folder)
     if not scale > 0 or min(ROWS.values()) * scale < 1 or scale == float("inf"):
         raise UserError(f"scale {scale} of the embedded world leaves a file without rows; "
                         f"use a number of at least {1 / min(ROWS.values())}")
-    rows = {kind: getattr(world, kind)(round(n * scale)) for kind, n in ROWS.items()} | {"heldout": world.heldout()}
+    rows = {kind: getattr(world, kind)(round(n * scale)) for kind, n in ROWS.items()} | {
+        "heldout": world.heldout(), "sums-heldout": world.sums(HELD_SUMS, held=True)}
     paths = {}
     for kind, stream in rows.items():
         paths[kind] = folder / f"{kind}.jsonl"

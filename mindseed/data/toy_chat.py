@@ -87,6 +87,12 @@ def arithmetic(facts: Facts, rng: random.Random, lang: str, held: bool = False) 
                 answer=chain.think(), wrong=f"{chain}={near if near != chain.values[-1] else near + 1}")
 
 
+def equation(facts: Facts, rng: random.Random, held: bool = False) -> dict:
+    """A sum to be completed, without a word."""
+    chain = facts.sum(rng, held=held)
+    return {"prompt": f"{chain}=", "answer": str(chain.values[-1])}
+
+
 def reading(facts: Facts, rng: random.Random, lang: str, held: bool = False) -> Item:
     """A passage about two people who are nowhere else, and a question about one of them."""
     told = passage(facts, rng, rng.choice((2, 2, 3)), held)

@@ -1,7 +1,7 @@
 """The R1 pipeline, from a base model to a reasoner and its small student, stage by stage (DeepSeek-R1, 2501.12948).
 
   mindseed r1 configs/r1-toy.toml                  over what `mindseed demo` has grown; goes on where it stopped
-  mindseed r1 configs/r1-toy.toml --zero --out runs/r1-zero       reinforcement learning straight on the base
+  mindseed r1 configs/r1-zero-toy.toml             reinforcement learning straight on the base (R1-Zero)
 
     cold start  the base is fine-tuned on some conversations with traces of thought, so that it thinks readably
     rl          rules reward right answers and that form; nobody shows it how to think
@@ -81,6 +81,9 @@ class R1Data:
     families: tuple[str, ...] = option((), help="the first reinforcement learning takes problems of these families "
                                                 "alone, those that need thought [all]")
     trace_limit: int = option(2000, help="traces used, at most")
+    plain: str = option("", help="with --zero: text with {question} in it in place of the chat template, which a base "
+                                 "has never read")
+    stop: tuple[str, ...] = option((), help="with --zero: texts that end an answer and are no part of it")
     seq_len: int = option(384, help="tokens per row when fine-tuning")
 
 
@@ -124,6 +127,8 @@ def main(options: Options) -> int:
 def check(options: Options) -> None:
     if not options.base:
         raise UserError("which base model? --base DIRECTORY, for example runs/demo/pretrain/model")
+    if (options.data.plain or options.data.stop) and not options.zero:
+        raise UserError("data.plain and data.stop are for --zero; the other stages learn the chat template")
     needed = ["problems", "heldout"] + ([] if options.zero else ["traces", "general"])
     if missing := [name for name in needed if not getattr(options.data, name)]:
         raise UserError(f"data.{missing[0]} is empty: name files; configs/r1-toy.toml shows which")
@@ -256,8 +261,8 @@ class Pipeline:
         rl.train(RLOptions(
             out=str(self.folder / name), resume="auto", seed=o.seed, device=o.device, algorithm=how.algorithm,
             model=StartOptions(start=str(start)),
-            data=PromptOptions(train=tuple(files), heldout=o.data.heldout, limit=60),
-            rollout=SamplingOptions(prompts=how.prompts, answers=how.answers, max_new=how.max_new),
+            data=PromptOptions(train=tuple(files), heldout=o.data.heldout, limit=60, plain=o.data.plain),
+            rollout=SamplingOptions(prompts=how.prompts, answers=how.answers, max_new=how.max_new, stop=o.data.stop),
             reward=RewardOptions(accuracy=1.0, format=how.format, form=form), policy=PolicyOptions(kl=how.kl),
             optim=OptimConfig(kind="adamw", lr=how.lr, weight_decay=0.0),
             schedule=ScheduleConfig(kind="constant", warmup_steps=5), loop=RLLoop(steps=how.steps, micro_batch=64)),
@@ -271,10 +276,11 @@ class Pipeline:
         if any(seen["stage"] == name for seen in self.seen):
             return
         loaded = self.load(folder)
-        prompts = Prompts(self.heldout, loaded.tokenizer, seed=0, template=loaded.template,
-                          longest=loaded.model.config.seq_len - self.options.second.max_new)
+        o, longest = self.options, (self.options.first if self.options.zero else self.options.second).max_new
+        prompts = Prompts(self.heldout, loaded.tokenizer, seed=0, template=loaded.template, plain=o.data.plain,
+                          longest=loaded.model.config.seq_len - longest)
         engine = Engine.of(loaded, EngineConfig(max_seqs=64, max_queue=1 << 20))
-        answers = [c for c, in engine.generate([Request(prompt=ids, max_new=self.options.second.max_new,
+        answers = [c for c, in engine.generate([Request(prompt=ids, max_new=longest, stop=o.data.stop,
                                                         sampling=Sampling(temperature=0.0)) for ids in prompts.ids])]
         right = [grade(p.row, c.text)["score"] for p, c in zip(prompts.prompts, answers)]
         log = self.folder / name / "log.jsonl"

@@ -90,7 +90,7 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
         policy=policy, engine=engine, prompts=prompts, judge=judge_of(options, loaded, prompts.tail(), device),
         env=ToolUse(tools=TOOLS) if options.data.tools else SingleTurn(),
         play=Play(answers=rollout.answers, max_new=rollout.max_new, temperature=rollout.temperature,
-                  turns=rollout.turns),
+                  turns=rollout.turns, stop=rollout.stop),
         config=RolloutConfig(prompts=rollout.prompts, epochs=rollout.epochs, minibatches=rollout.minibatches,
                              dynamic=rollout.dynamic, drop_cut=rollout.drop_cut, patience=rollout.patience),
         advantage=advantage_of(options), device=device, seed=options.seed,
@@ -191,7 +191,7 @@ def open_prompts(options: RLOptions, loaded: Loaded) -> tuple[Prompts, Prompts |
 
     def encoded(some: list[Prompt]) -> Prompts:
         return Prompts(some, loaded.tokenizer, seed=options.seed, template=loaded.template, thinking=thinking,
-                       longest=seq_len - options.rollout.max_new)
+                       longest=seq_len - options.rollout.max_new, plain=data.plain)
 
     n = min(data.limit, len(heldout))             # from the whole file, whose rows may be sorted by what they ask
     return encoded(rows), encoded([heldout[i * len(heldout) // n] for i in range(n)]) if heldout else None

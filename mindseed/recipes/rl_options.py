@@ -54,6 +54,8 @@ class PromptOptions:
     share: float = option(0.05, help="share of the prompts set apart for measuring, if data.heldout is empty")
     limit: int = option(200, help="prompts measured on, at most, evenly from all that are held out")
     system: str = option("", help="system message put before every prompt")
+    plain: str = option("", help="text with {question} in it in place of the chat template, for a base model, such as "
+                                 "'{question}' or 'Q: {question} A:'")
     thinking: Literal["auto", "on", "off"] = option(
         "auto", help="on: every answer begins with a <think> block; off: with an empty one; auto: as the model likes")
     tools: bool = option(False, help="carry out calls of the built-in tools and let the model read the results")
@@ -67,6 +69,8 @@ class SamplingOptions:
     max_new: int = option(256, help="longest answer (or turn), in tokens",
                           elsewhere=("max_gen_len", "max_completion_length"))
     temperature: float = option(1.0, help="of sampling; the loss is that of the distribution at this temperature")
+    stop: tuple[str, ...] = option((), help="texts that end an answer and are no part of it, such as the end of a line "
+                                            "for a base model (data.plain)")
     turns: int | None = option(None, help="turns of an episode, at most [1; with data.tools 4]")
     epochs: int | None = option(None, help="times that each answer is learnt from [1; ppo 2]",
                                 elsewhere=("num_iterations", "num_ppo_epochs"))
@@ -198,6 +202,8 @@ def derive(options: RLOptions) -> RLOptions:
     if policy.target_kl and (policy.kl_in != "reward" or not policy.kl):
         raise UserError("policy.target_kl steers the weight of a divergence in the reward: give policy.kl_in=reward "
                         "and policy.kl, where it begins")
+    if options.data.tools and options.data.plain:
+        raise UserError("data.plain leaves out the chat template, without which data.tools cannot be called")
     if options.data.tools and rollout.turns < 2:
         raise UserError("data.tools needs rollout.turns of at least 2: a call, and what is said of its result")
     return options

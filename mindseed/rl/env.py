@@ -66,18 +66,20 @@ class ToolUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Play:
-    """How episodes are played: `answers` to a prompt, each of at most `turns` turns of at most `max_new` ids."""
+    """How episodes are played: `answers` to a prompt, each of at most `turns` turns of at most `max_new` ids, which end
+    before the texts `stop` too."""
 
     answers: int = 8
     max_new: int = 256
     temperature: float = 1.0
     turns: int = 1
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def request(self, ids: list[int], *numbers: int, n: int = 1, max_new: int | None = None) -> Request:
         """What is drawn depends on the seed and the numbers of the prompt and the turn, and on nothing else."""
         seed = key_of(self.seed, 6, *numbers) >> 2
-        return Request(prompt=ids, n=n, max_new=max_new or self.max_new,
+        return Request(prompt=ids, n=n, max_new=max_new or self.max_new, stop=self.stop,
                        sampling=Sampling(temperature=self.temperature, seed=seed))
 
 

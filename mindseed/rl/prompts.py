@@ -70,11 +70,17 @@ def read_prompts(paths: Iterable[str], *, system: str = "") -> list[Prompt]:
 
 
 class Prompts:
-    """Prompt number i of an endless stream, each epoch in an order of its own; with its ids."""
+    """Prompt number i of an endless stream, each epoch in an order of its own; with its ids. `plain` is text with
+    {question} in it that takes the place of the chat template, for a model that has only read texts."""
 
     def __init__(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, seed: int, template: Template | None = None,
-                 thinking: bool | None = None, longest: int | None = None) -> None:
+                 thinking: bool | None = None, longest: int | None = None, plain: str = "") -> None:
         self.tokenizer, self.template, self.thinking, self.seed = tokenizer, template, thinking, seed
+        self.plain = plain
+        if plain and "{question}" not in plain:
+            raise UserError(f"the plain text {plain!r} needs {{question}}, where the question goes")
+        if plain and (more := next((p for p in prompts if p.tools or len(p.messages) != 1), None)):
+            raise UserError(f"{more.name}: as plain text one question can be asked, without tools and other turns")
         ids = [self.encode(p.messages, p.tools) for p in prompts]
         kept = [i for i, one in enumerate(ids) if longest is None or len(one) <= longest]
         if not kept:
@@ -86,6 +92,9 @@ class Prompts:
 
     def encode(self, messages: list[dict], tools: Any) -> list[int]:
         """The ids up to where the assistant begins."""
+        if self.plain:
+            bos, text = self.tokenizer.bos_id, self.plain.replace("{question}", messages[0]["content"])
+            return [*([] if bos is None else [bos]), *self.tokenizer.encode(text)]
         return encode_chat(self.tokenizer, messages, tools=tools, generation_prompt=True, thinking=self.thinking,
                            template=self.template)[0]
 
@@ -95,6 +104,8 @@ class Prompts:
 
     def tail(self) -> list[int]:
         """The ids that follow the end of a turn of the assistant where a conversation is written out."""
+        if self.plain:
+            return []
         turns = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": y}] for y in ("x", "y")]
         a, b = (self.rendered(messages, None) for messages in turns)
         last = next(i for i in range(1, len(a) + 1) if a[-i] != b[-i])            # of the end that both share
