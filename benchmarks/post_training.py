@@ -130,9 +130,17 @@ class Seed:
             cold=lesson(steps=240), first=reinforce(steps=40), again=lesson(steps=300), second=reinforce(steps=60),
             small=lesson(steps=300), student=ModelOptions(start=self.path("small")))
 
+    def zero(self) -> r1.Options:
+        """configs/r1-zero-toy.toml in this seed's folder."""
+        return r1.Options(
+            out=str(self.folder / "zero"), base=self.path("pretrain"), seed=self.seed, device="cpu", zero=True,
+            data=r1.R1Data(problems=self.files("sums"), heldout=self.files("sums-heldout"), plain="{question}",
+                           stop=("\n",)),
+            first=r1.ReinforceOptions(steps=240, max_new=8, format=0.0))
+
     def alone(self) -> TrainOptions:
         """Fine-tuning on the careless conversations for as many tokens as the R1 pipeline learnt from."""
-        self.reasoner()
+        self.reasoner(self.pipeline())
         tokens = sum(spent(self.folder / "r1" / name) for name in ("cold-start", "rl", "again", "rl-again"))
         self.model("start")
         return self.chat("alone", "pretrain", "careless", steps=round(440 * tokens / spent(self.folder / "start")))
@@ -155,21 +163,22 @@ class Seed:
             (rl if isinstance(options, RLOptions) else train).train(options, CPU)
         return done
 
-    def reasoner(self) -> dict[str, dict[str, float]]:
-        """The stages of the R1 pipeline, and what each came to."""
+    def reasoner(self, options: r1.Options) -> dict[str, float]:
+        """The stages of the R1 pipeline, and how much of what is held out is right after each."""
         self.model("pretrain")
-        self.model("small")
-        pipeline = r1.Pipeline(self.pipeline(), CPU)
+        if not options.zero:
+            self.model("small")
+        pipeline = r1.Pipeline(options, CPU)
         pipeline.run()
-        return {seen["stage"]: seen for seen in pipeline.seen}
+        return {seen["stage"]: seen["right"] for seen in pipeline.seen}
 
     def figures(self, name: str) -> dict[str, float]:
         """What a stage came to."""
         path = self.folder / f"{name}.json"
         if path.exists():
             return read_json(path)
-        if name == "r1":
-            found = {stage: seen["right"] for stage, seen in self.reasoner().items()}
+        if name in ("r1", "zero"):
+            found = self.reasoner(self.pipeline() if name == "r1" else self.zero())
         elif name in ("tuned", "distilled"):
             loaded, teacher = open_model(self.model(name)), open_model(self.model("start"))
             found = nearness(loaded, teacher.model, self.folder)
@@ -192,7 +201,7 @@ def spent(folder: Path) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
-STAGES = ("start", "dpo", "reward", "grpo", "ppo", "tuned", "distilled", "full", "lora", "r1", "alone")
+STAGES = ("start", "dpo", "reward", "grpo", "ppo", "tuned", "distilled", "full", "lora", "r1", "zero", "alone")
 
 
 def main() -> None:
@@ -239,9 +248,12 @@ def write_tables(found: dict[str, list[dict[str, float]]]) -> None:
           f"{100 * gained['lora'] / gained['full']:.0f}% of the gain.")
     table("r1", "The R1 pipeline, embedded world", ["stage", "held-out questions right, %"],
           [[stage, told(found["r1"], stage)] for stage in found["r1"][0]]
-          + [["fine-tuning alone, as many tokens", told(found["alone"], "exact")]],
-          "configs/r1-toy.toml on the careless conversations. `alone` learns from as many tokens of answers as all "
-          "stages up to `rl-again` together.")
+          + [["fine-tuning alone, as many tokens", told(found["alone"], "exact")],
+             ["sums, plain text: base", told(found["zero"], "base")],
+             ["sums, plain text: reinforcement on the base (zero)", told(found["zero"], "rl")]],
+          "configs/r1-toy.toml on the careless conversations, its student the small model of above. Fine-tuning alone "
+          "learns from as many tokens of answers as all stages up to `rl-again` together. Below configs/r1-zero-toy.toml, "
+          "measured on sums of two numbers that no row holds.")
 
 
 def told(some: list[dict[str, float]], key: str, digits: int = 1) -> str:
