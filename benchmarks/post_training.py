@@ -251,9 +251,9 @@ def write_tables(found: dict[str, list[dict[str, float]]]) -> None:
           + [["fine-tuning alone, as many tokens", told(found["alone"], "exact")],
              ["sums, plain text: base", told(found["zero"], "base")],
              ["sums, plain text: reinforcement on the base (zero)", told(found["zero"], "rl")]],
-          "configs/r1-toy.toml on the careless conversations, its student the small model of above. Fine-tuning alone "
-          "learns from as many tokens of answers as all stages up to `rl-again` together. Below configs/r1-zero-toy.toml, "
-          "measured on sums of two numbers that no row holds.")
+          "configs/r1-toy.toml on the careless conversations, its student the small model of above. Fine-tuning "
+          "alone learns from as many tokens of answers as all stages up to `rl-again` together. Below, "
+          "configs/r1-zero-toy.toml measured on sums of two numbers that no row holds.")
 
 
 def told(some: list[dict[str, float]], key: str, digits: int = 1) -> str:

@@ -95,6 +95,18 @@ def test_other_options_are_refused_in_the_same_folder(ran):
         r1.main(replace(ran, samples=3))
 
 
+def test_a_pipeline_goes_on_under_a_version_with_more_options(ran):
+    path = Path(ran.out) / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["options"]["data"]["plain"], summary["options"]["tag_weight"]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="other options .tag_weight differs"):             # 2 then, by default 1
+        r1.main(ran)
+    summary["options"]["tag_weight"] = 2.0
+    path.write_text(json.dumps(summary))
+    assert r1.main(ran) == 0
+
+
 def test_zero_begins_with_the_base(ran, tmp_path):
     """The base is already a model that answers, as a pretrained one may: here, the cold start's."""
     zero = replace(ran, out=str(tmp_path / "zero"), zero=True, base=str(Path(ran.out) / "cold-start/model"))

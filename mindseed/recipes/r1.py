@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mindseed.base.config import option, to_dict
+from mindseed.base.config import from_dict, option, to_dict
 from mindseed.base.errors import UserError
 from mindseed.base.files import make_folder, read_json, write_json, write_text
 from mindseed.base.log import duration, notes, say, table
@@ -145,6 +145,12 @@ def check(options: Options) -> None:
                         f"has {', '.join(sorted(map(str, there)))}")
 
 
+def identity(options: Options) -> dict[str, Any]:
+    """What a pipeline that goes on must have been called with."""
+    return json.loads(json.dumps({key: value for key, value in to_dict(options).items()
+                                  if key not in ("out", "until", "device")}))
+
+
 class Pipeline:
     """The stages, and what each came to."""
 
@@ -152,8 +158,9 @@ class Pipeline:
         self.options, self.device, self.folder = options, device, make_folder(options.out)
         self.summary = self.folder / "summary.json"
         kept = read_json(self.summary, {"stages": [SEEN], "options": dict}) if self.summary.exists() else None
-        now = {key: value for key, value in to_dict(options).items() if key not in ("out", "until", "device")}
-        now = json.loads(json.dumps(now))
+        now = identity(options)
+        if kept:                                  # options that are newer than the pipeline have their defaults
+            kept["options"] = identity(from_dict(Options, kept["options"], where=str(self.summary)))
         if kept and kept["options"] != now:
             other = next(key for key in now if kept["options"].get(key) != now[key])
             raise UserError(f"{self.folder} holds a pipeline with other options ({other} differs); choose another "
