@@ -139,11 +139,19 @@ class Seed:
             first=r1.ReinforceOptions(steps=240, max_new=8, format=0.0))
 
     def alone(self) -> TrainOptions:
-        """Fine-tuning on the careless conversations for as many tokens as the R1 pipeline learnt from."""
+        """Fine-tuning on the careless conversations, without texts beside them, for as many tokens of answers as the R1
+        pipeline learnt from."""
         self.reasoner(self.pipeline())
-        tokens = sum(spent(self.folder / "r1" / name) for name in ("cold-start", "rl", "again", "rl-again"))
         self.model("start")
-        return self.chat("alone", "pretrain", "careless", steps=round(440 * tokens / spent(self.folder / "start")))
+        read = read_json(self.folder / "start/data/0-careless/manifest.json")["splits"]["train"]
+        options = self.chat("alone", "pretrain", "careless")
+        a_step = 0.994 * options.loop.batch * options.data.seq_len * read["supervised"] / read["tokens"]
+        return replace(options, data=replace(options.data, train=self.files("careless"), weights=()),
+                       loop=replace(options.loop, steps=round(self.learnt() / a_step)))
+
+    def learnt(self) -> float:
+        """Tokens of answers that the R1 pipeline learnt from, up to its last model of full size."""
+        return sum(spent(self.folder / "r1" / name) for name in ("cold-start", "rl", "again", "rl-again"))
 
     # ------------------------------------------------------------------------------------------------ what is measured
 
@@ -185,6 +193,7 @@ class Seed:
         else:
             loaded = open_model(self.model(name))
             found = {} if name == "reward" else exact(loaded, self.world)
+            found |= {"tokens": spent(self.folder / name) / self.learnt()} if name == "alone" else {}
             found |= preferred(loaded, self.world) if name in ("start", "dpo", "reward") else {}
             found |= kept(loaded, self.folder) if name in ("start", "full", "lora") else {}
         write_json(path, found)
@@ -229,13 +238,14 @@ def write_tables(found: dict[str, list[dict[str, float]]]) -> None:
           [[name, told(found[name], "exact"), told(found[name], "pairs")]
            for name in ("start", "dpo", "reward", "grpo", "ppo")],
           f"`start` is fine-tuned on conversations of which {CARELESS:.0%} of the answers are given three times over; "
-          "all others begin with it. A pair is the right way round if the chosen answer is likelier per token, or "
-          "better rewarded.")
+          "all others begin with it. GRPO draws 30 rollouts of 256 answers, PPO 15, each for 60 optimiser steps. A "
+          "pair is the right way round if the chosen answer is likelier per token, or better rewarded.")
     table("distillation", "A teacher for a model of half the size, embedded world",
           ["student", "KL(teacher, student), nats", "same likeliest token, %"],
           [[name, told(found[name], "kl", 3), told(found[name], "agreed")] for name in ("tuned", "distilled")],
           f"The teacher is `start`; both students are one pretrained model of 0.85M parameters, which saw the same "
-          f"{SMALL} conversations in the same order for 300 steps. Measured on the assistant's tokens of 300 others.")
+          f"{SMALL} conversations in the same order for 300 steps. Measured on the assistant's tokens of 300 others. "
+          "The divergence is what `distilled` learns to lower; right answers are not counted: the teacher gives few.")
     gained = {name: sum(after["exact/translation"] - before["exact/translation"]
                         for after, before in zip(found[name], found["start"])) for name in ("full", "lora")}
     measured = {"exact/translation": 1, "exact/tools": 1, "others": 3, "bits": 3}
@@ -252,7 +262,8 @@ def write_tables(found: dict[str, list[dict[str, float]]]) -> None:
              ["sums, plain text: base", told(found["zero"], "base")],
              ["sums, plain text: reinforcement on the base (zero)", told(found["zero"], "rl")]],
           "configs/r1-toy.toml on the careless conversations, its student the small model of above. Fine-tuning "
-          "alone learns from as many tokens of answers as all stages up to `rl-again` together. Below, "
+          "alone learns from as many tokens of answers as all stages up to `rl-again` together "
+          f"({told(found['alone'], 'tokens', 2)} of them). Below, "
           "configs/r1-zero-toy.toml measured on sums of two numbers that no row holds.")
 
 

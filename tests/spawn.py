@@ -10,13 +10,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mindseed.cli", "tests.warm"])
+FORKS.set_forkserver_preload(["tests.warm", "mindseed.cli"])
 
 
 def start(*words: object, out: str = os.devnull, err: str = os.devnull,
@@ -41,7 +42,7 @@ def on_ranks(function: Callable[[int, int], Any], ranks: int = 2, timeout: float
     for process in processes:
         process.start()
     try:
-        got = {}
+        got, end = {}, time.monotonic() + timeout
         while len(got) < ranks:
             for process in processes:
                 process.join(0.02)
@@ -49,8 +50,7 @@ def on_ranks(function: Callable[[int, int], Any], ranks: int = 2, timeout: float
             while not results.empty():
                 rank, value = results.get()
                 got[rank] = value
-            timeout -= 0.04
-            assert timeout > 0, "waited too long for the ranks"
+            assert time.monotonic() < end, "waited too long for the ranks"
         return [got[rank] for rank in range(ranks)]
     finally:
         for process in processes:

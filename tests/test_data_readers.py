@@ -143,6 +143,7 @@ def test_missing_files_are_named(tmp_path):
     ({"messages": [{"role": "assistant", "reasoning_content": "why", "content": ""}]}, "chat", ["why"]),
     ({"instruction": "do", "input": "", "output": "done", "text": "whole prompt"}, "chat", None),
     ({"question": "2+2?", "answer": "4"}, "chat", ["2+2?", "4"]),
+    ({"question": "Where?", "answer": "Here.", "text": "a document"}, "text", None),
     ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference", ["q", "good", "bad"]),
     ({"prompt": "q", "completion": "good", "label": False}, "unpaired", ["q", "good"]),
     ({"prompt": "q", "steps": ["one", "two"], "labels": [1, 0]}, "steps", ["q", "one", "two"]),

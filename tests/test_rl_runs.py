@@ -151,7 +151,7 @@ def test_code_is_run_only_if_that_is_asked_for(start, tmp_path):
     ({"lora__rank": 4, "lora__dropout": 0.1}, "lora.dropout has no place"),
     ({"reward__task": "code", "reward__accuracy": 1}, "problems.jsonl:1 cannot be graded as 'code'"),
     ({"data__train": "nowhere.jsonl"}, "nowhere.jsonl"),
-    ({"rollout__max_new": 512}, "longer than 0 tokens"),
+    ({"rollout__max_new": 512}, "rollout.max_new leaves nothing"),
     ({"reward__model": 1.0}, "give both or none"),
     ({"reward__function": ""}, "there is no reward"),
     ({"algorithm": "grop"}, "grop"),

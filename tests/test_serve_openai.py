@@ -5,6 +5,7 @@ import asyncio
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -303,13 +304,14 @@ def test_answers_go_on_while_texts_become_vectors(server, client):
         never = {str(id): -100 for id in server.models["mini"].stop_ids}
         stream = client.chat.completions.create(**GREEDY | {"max_tokens": 900}, stream=True, logit_bias=never)
         next(iter(stream))
-        client.embeddings.create(model="mini", input=["some words"] * 20)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: client.embeddings.create(model="mini", input=["some words"] * 5), range(4)))
         stream.close()
     finally:
         del service.engine.step, service.engine.embed
     assert [n for n in order if n != "step"] == [1] * 20
     busy = order[order.index(1):len(order) - order[::-1].index(1)]
-    assert busy.count("step") >= 19
+    assert (1, 1) not in zip(busy, busy[1:])
 
 
 def test_tokens_and_back(server):

@@ -345,7 +345,7 @@ def check_budget(skipped: list[list], rows: int, max_skipped: float) -> None:
     allowed = max_skipped if max_skipped >= 1 or not max_skipped else max(FEWEST_SKIPPED, max_skipped * rows)
     if len(skipped) > allowed:
         raise UserError(f"{len(skipped)} of the first {rows} rows cannot be used, {int(allowed)} are allowed "
-                        f"(mend them or raise --max-skipped):\n{listed(skipped)}")
+                        f"(mend them or raise max_skipped, in a run data.max_skipped):\n{listed(skipped)}")
 
 
 def listed(skipped: list[list], most: int = 12) -> str:

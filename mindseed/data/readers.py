@@ -65,7 +65,9 @@ def kind_of(row: dict[str, Any]) -> str:
         return "unpaired"
     if "labels" in keys and {"steps", "completions"} & keys:
         return "steps"
-    if {"conversations", "messages"} & keys or {"instruction", "output"} <= keys or {"question", "answer"} <= keys:
+    if {"conversations", "messages"} & keys or {"instruction", "output"} <= keys:
+        return "chat"
+    if {"question", "answer"} <= keys and not {"text", "context", "choices"} & keys:
         return "chat"
     if "text" in row:
         if not isinstance(row["text"], str):

@@ -61,6 +61,10 @@ class World:
         kind = "sums/held" if held else "sums"
         return self._rows(kind, n, lambda facts, rng: chat.equation(facts, rng, held))
 
+    def held_sums(self) -> list[dict]:
+        """Of those, each once."""
+        return list({row["prompt"]: row for row in self.sums(20 * HELD_SUMS, held=True)}.values())[:HELD_SUMS]
+
     def heldout(self) -> list[dict]:
         """The graded items, like `problems`, none of which is in any training row; `HELDOUT` says how many."""
         makers = {"facts": chat.known, "translation": chat.translation, "arithmetic": chat.arithmetic,
@@ -94,7 +98,7 @@ def write_world(folder: Path | str, seed: int = 0, scale: float = 1.0) -> dict[s
         raise UserError(f"scale {scale} of the embedded world leaves a file without rows; "
                         f"use a number of at least {1 / min(ROWS.values())}")
     rows = {kind: getattr(world, kind)(round(n * scale)) for kind, n in ROWS.items()} | {
-        "heldout": world.heldout(), "sums-heldout": world.sums(HELD_SUMS, held=True)}
+        "heldout": world.heldout(), "sums-heldout": world.held_sums()}
     paths = {}
     for kind, stream in rows.items():
         paths[kind] = folder / f"{kind}.jsonl"

@@ -38,7 +38,7 @@ class Service:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.error: BaseException | None = None
-        self.inbox: queue.SimpleQueue[tuple[Callable[..., Any], Future]] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[tuple[Callable[..., Any], Future, bool]] = queue.SimpleQueue()
         self.lines: dict[int, Line] = {}
         self.draining = self.closing = self.ended = False
         self.faults = 0                           # passes that failed one after the other
@@ -75,17 +75,18 @@ class Service:
         """One text after the other, so that answers go on between two, and nothing is computed for who has left."""
         vectors: list[list[float]] = []
         for prompt in prompts:
-            vectors += await asyncio.wrap_future(self.call(lambda: self.engine.embed([prompt], adapter).tolist()))
+            vectors += await asyncio.wrap_future(self.call(
+                lambda prompt=prompt: self.engine.embed([prompt], adapter).tolist(), long=True))
         return vectors
 
     def stats(self) -> Stats:
         """As of the last pass."""
         return self.seen
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Future:
-        """Have the engine's thread call a function between two passes."""
+    def call(self, function: Callable[..., Any], *arguments: Any, long: bool = False) -> Future:
+        """Have the engine's thread call a function between two passes; one that takes long is the last before one."""
         future: Future = Future()
-        self.inbox.put((lambda: function(*arguments), future))
+        self.inbox.put((lambda: function(*arguments), future, long))
         if self.ended:                            # else the thread will look once more before it leaves
             self.read_inbox(wait=False, refuse=True)
         return future
@@ -124,7 +125,7 @@ class Service:
         while letters > 0 or refuse:
             letters -= 1
             try:
-                function, future = self.inbox.get(block=wait, timeout=1.0 if wait else None)
+                function, future, long = self.inbox.get(block=wait, timeout=1.0 if wait else None)
             except queue.Empty:
                 break
             wait = False
@@ -137,6 +138,8 @@ class Service:
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
+            if long:
+                break
         if not refuse:
             self.seen = self.engine.stats()
 

@@ -188,7 +188,8 @@ def read_adapter(where: Path, model: LM, shapes: Mapping[str, torch.Size]) -> di
         names = {ours: [name.removeprefix("model.") for name in theirs] for ours, theirs in names.items()}
     else:
         kinds = f"is no adapter, which is a folder with {CONFIG} or a file of LoRA weights (.pth)"
-        raise UserError(f"{where} {kinds if where.exists() else 'does not exist'}")
+        near = f"; {where / 'adapter'} is one" if (where / "adapter" / CONFIG).exists() else ""
+        raise UserError(f"{where} {kinds if where.exists() else 'does not exist'}{near}")
     found, strange = {}, []
     with TensorFiles([file]) as tensors:
         for key in tensors.shapes:

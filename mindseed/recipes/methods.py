@@ -201,7 +201,8 @@ def source_of(options: TrainOptions, model: LM, rows: Rows, tokenizer: Any, pare
     if options.method != "distill" or not given.on_policy:
         return Prefetch(stream)
     prompts = Prompts(read_prompts(given.prompts or options.data.train), tokenizer, seed=options.seed,
-                      longest=model.config.seq_len - given.max_new, template=parent.template if parent else None)
+                      longest=model.config.seq_len - given.max_new, template=parent.template if parent else None,
+                      room="distill.max_new")
     engine = Engine(model, tokenizer, EngineConfig(max_seqs=64, max_queue=1 << 20),
                     stop_ids=parent.stop_ids or None if parent else None)
     model.train()                                 # an engine puts it into the mode of use

@@ -102,6 +102,16 @@ class DistillOptions:
 class LoRAOptions(LoRAConfig):
     rank: int = option(0, help="learn an adapter of this rank on a frozen base (LoRA); 0: learn the whole model",
                        elsewhere=("lora_rank", "lora_r"))
+    alpha: float = option(16.0, help="size of the update, which is multiplied by alpha / rank",
+                          elsewhere=("lora_alpha",))
+    dropout: float = option(0.0, help="share of a matrix's inputs that its update does not see, in training",
+                            elsewhere=("lora_dropout",))
+    targets: tuple[str, ...] = option((), help="which matrices: last names (q, k, v, o, gate, up, down), or patterns "
+                                               "of whole ones (blocks.0.*) [all of the blocks]",
+                                      elsewhere=("target_modules", "lora_target_modules"))
+    rs: bool = option(False, help="multiply by alpha / sqrt(rank) instead (rsLoRA)", elsewhere=("use_rslora",))
+    dora: bool = option(False, help="learn the lengths of rows apart from their directions (DoRA)",
+                        elsewhere=("use_dora",))
     nf4: bool = option(False, help="keep the base in 4 bits (QLoRA)", elsewhere=("load_in_4bit", "use_qlora"))
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ from mindseed.recipes.model_options import ModelOptions
 from mindseed.recipes.options import DataOptions, LoopOptions, ObjectiveOptions, TrainOptions
 from mindseed.recipes.rl_options import (Algorithm, PolicyOptions, PromptOptions, RewardOptions, RLLoop, RLOptions,
                                          SamplingOptions, StartOptions)
+from mindseed.recipes.run_folder import asked_plainly
 from mindseed.rl.prompts import Prompt, Prompts, read_prompts
 from mindseed.rl.rejection import Answer, sample_answers
 from mindseed.tasks.verify import grade, kind_of, require_gradable, thought_first
@@ -304,8 +305,10 @@ class Pipeline:
         table("held-out problems", ["stage", "right", "think first", "tokens an answer", "time"],
               [[s["stage"], f"{s['right']:.1f}%", f"{s['thinks']:.0f}%", f"{s['tokens']:.0f}", duration(s["seconds"])]
                for s in self.seen])
-        say(f"\nThe figures are in {self.summary}. Talk to the last one:\n\n    mindseed chat "
-            f"{self.folder / self.seen[-1]['stage'] / 'model'}\n")
+        last, o = str(self.folder / self.seen[-1]["stage"] / "model"), self.options
+        say(f"\nThe figures are in {self.summary}. " + (
+            asked_plainly(last, o.data.stop) if o.data.plain else
+            f"Talk to the last one:\n\n    mindseed chat {last}") + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------ rows of lessons

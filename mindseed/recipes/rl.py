@@ -186,6 +186,8 @@ def open_prompts(options: RLOptions, loaded: Loaded) -> tuple[Prompts, Prompts |
         order = shuffled(np.arange(len(rows)), len(rows), key_of(options.seed, 8))
         apart = {int(i) for i in order[:round(data.share * len(rows))]} if len(rows) > 1 else set()
         rows, heldout = [r for i, r in enumerate(rows) if i not in apart], [r for i, r in enumerate(rows) if i in apart]
+    if data.plain and not options.rollout.stop and dist.is_main():
+        warn("data.plain without rollout.stop: a base goes on after its answer until it ends a document")
     thinking = {"auto": None, "on": True, "off": False}[data.thinking]
     check_rows(options, [*rows, *heldout])
 
@@ -193,8 +195,10 @@ def open_prompts(options: RLOptions, loaded: Loaded) -> tuple[Prompts, Prompts |
         return Prompts(some, loaded.tokenizer, seed=options.seed, template=loaded.template, thinking=thinking,
                        longest=seq_len - options.rollout.max_new, plain=data.plain)
 
-    n = min(data.limit, len(heldout))             # from the whole file, whose rows may be sorted by what they ask
-    return encoded(rows), encoded([heldout[i * len(heldout) // n] for i in range(n)]) if heldout else None
+    if len(heldout) > data.limit:                 # from the whole file, whose rows may be sorted by what they ask
+        some = shuffled(np.arange(len(heldout)), len(heldout), key_of(options.seed, 9))[:data.limit]
+        heldout = [heldout[i] for i in sorted(some)]
+    return encoded(rows), encoded(heldout) if heldout else None
 
 
 def check_rows(options: RLOptions, prompts: list[Prompt]) -> None:

@@ -52,7 +52,7 @@ class PromptOptions:
     heldout: tuple[str, ...] = option((), help="files of problems to measure on, not learnt from [a share of "
                                                 "data.train]")
     share: float = option(0.05, help="share of the prompts set apart for measuring, if data.heldout is empty")
-    limit: int = option(200, help="prompts measured on, at most, evenly from all that are held out")
+    limit: int = option(200, help="prompts measured on, at most, drawn from all that are held out")
     system: str = option("", help="system message put before every prompt")
     plain: str = option("", help="text with {question} in it in place of the chat template, for a base model, such as "
                                  "'{question}' or 'Q: {question} A:'")
@@ -70,7 +70,7 @@ class SamplingOptions:
                           elsewhere=("max_gen_len", "max_completion_length"))
     temperature: float = option(1.0, help="of sampling; the loss is that of the distribution at this temperature")
     stop: tuple[str, ...] = option((), help="texts that end an answer and are no part of it, such as the end of a line "
-                                            "for a base model (data.plain)")
+                                            "(\\n) for a base model (data.plain)")
     turns: int | None = option(None, help="turns of an episode, at most [1; with data.tools 4]")
     epochs: int | None = option(None, help="times that each answer is learnt from [1; ppo 2]",
                                 elsewhere=("num_iterations", "num_ppo_epochs"))
@@ -177,6 +177,9 @@ def derive(options: RLOptions) -> RLOptions:
                                 if getattr(part, f.name) is None and f.name in row})
 
     rollout, policy, loop = filled(options.rollout), filled(options.policy), options.loop
+    rollout = replace(rollout, stop=tuple(text.replace("\\n", "\n") for text in rollout.stop))     # as shells give it
+    if any(not text for text in rollout.stop):
+        raise UserError("rollout.stop holds an empty text, at which every answer would end")
     if rollout.turns is None:
         rollout = replace(rollout, turns=4 if options.data.tools else 1)
     if loop.validate_every is None:
@@ -204,6 +207,11 @@ def derive(options: RLOptions) -> RLOptions:
                         "and policy.kl, where it begins")
     if options.data.tools and options.data.plain:
         raise UserError("data.plain leaves out the chat template, without which data.tools cannot be called")
+    if options.data.plain and options.data.thinking != "auto":
+        raise UserError("data.plain leaves out the chat template, which is what opens a <think> block (data.thinking)")
+    if rollout.stop and rollout.turns > 1:
+        raise UserError("rollout.stop ends an answer in the middle of a turn, which no tool can answer then; leave it "
+                        "out, or use rollout.turns=1")
     if options.data.tools and rollout.turns < 2:
         raise UserError("data.tools needs rollout.turns of at least 2: a call, and what is said of its result")
     return options

@@ -138,8 +138,25 @@ def carried_out(options: AnyOptions, train: Callable[[AnyOptions, torch.device],
                 say(f"{stop}. Give the same command with --resume to go on")
             return 130
         if dist.is_main():
-            say(f"\nThe model is in {folder}. Talk to it:\n\n    mindseed chat {shlex.quote(str(folder))}\n")
+            say(f"\nThe model is in {folder}. {next_step(options, shlex.quote(str(folder)))}\n")
     return 0
+
+
+def next_step(options: AnyOptions, folder: str) -> str:
+    """What one does with the model of such a run."""
+    if getattr(options, "method", "") == "reward":
+        return ("Reward a policy with it:\n\n    mindseed rl MODEL --data.train problems.jsonl --model.reward "
+                f"{folder} --reward.model 0.5")
+    if getattr(options, "method", "") == "process-reward":
+        return "It scores the steps of an answer, as docs/POST_TRAINING.md shows."
+    if getattr(options.data, "plain", ""):
+        return asked_plainly(folder, options.rollout.stop)
+    return f"Talk to it:\n\n    mindseed chat {folder}"
+
+
+def asked_plainly(folder: str, stop: tuple[str, ...]) -> str:
+    ends = f" --stop ${stop[0]!r}" if stop else ""
+    return f"It goes on with plain text:\n\n    mindseed generate {folder} --mode text --prompt '...'{ends}"
 
 
 def alone_in_its_folder(options: AnyOptions, device: torch.device, train_in: Callable[..., Path]) -> Path:

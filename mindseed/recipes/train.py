@@ -155,6 +155,10 @@ def check_early(options: TrainOptions) -> None:
     """What would fail once all data are tokenised fails now."""
     check_sinks(options.trackers)
     start, named = options.model.start, options.data.tokenizer
+    if start is None and options.lora.rank:
+        raise UserError("an adapter learns beside a base that is kept: give --model.start DIR, the base's directory")
+    if start is None and options.method in ("dpo", "kto", "reward", "process-reward") and dist.is_main():
+        warn(f"--method {options.method} without --model.start teaches preferences to random weights")
     if start is None:
         options.model.shape(options.depth).lm_config(vocab_size=options.data.vocab_size, seq_len=options.data.seq_len)
     else:

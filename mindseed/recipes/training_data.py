@@ -86,7 +86,7 @@ def open_steps(options: TrainOptions, where: Path) -> Data:
 
 def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
     """Where the tokenizer is, and with it the chat template: the start model's; else named; else that of a prepared
-    folder; else one trained on the data, in the run's folder."""
+    folder, or of a teacher; else one trained on the data, in the run's folder."""
     if options.model.start:
         return require_folder(Path(options.model.start))
     if options.data.tokenizer:
@@ -94,6 +94,8 @@ def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
     for entry in options.data.train:
         if (Path(entry) / "manifest.json").exists():
             return Path(entry) / "tokenizer"
+    if options.method == "distill" and options.distill.teacher:           # whose vocabulary must be the student's
+        return require_folder(Path(options.distill.teacher))
     own = run_folder / "tokenizer"
     learnt_from = {"vocab_size": options.data.vocab_size, "files": [
         [str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in expand(options.data.train)]}

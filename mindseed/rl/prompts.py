@@ -38,6 +38,9 @@ def prompt_of(row: dict, name: str = "", system: str = "") -> Prompt:
         given = {"messages": [{"role": "user", "content": row["prompt"]}]}
     else:
         given = {"messages": row["prompt"]} if isinstance(row.get("prompt"), list) else row
+    if not {"messages", "conversations"} & {key for key, value in given.items() if value is not None}:
+        raise UserError(f"{name}: not a prompt: its keys are {', '.join(row) or 'none'}; expected question, prompt, "
+                        "messages or conversations")
     try:
         messages, tools = normalise({k: v for k, v in given.items() if k in ("messages", "conversations", "tools")})
     except (UserError, ValueError, TypeError, KeyError) as error:
@@ -71,21 +74,25 @@ def read_prompts(paths: Iterable[str], *, system: str = "") -> list[Prompt]:
 
 class Prompts:
     """Prompt number i of an endless stream, each epoch in an order of its own; with its ids. `plain` is text with
-    {question} in it that takes the place of the chat template, for a model that has only read texts."""
+    {question} in it that takes the place of the chat template, for a model that has only read texts; `room` is the
+    option by which answers take theirs."""
 
     def __init__(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, seed: int, template: Template | None = None,
-                 thinking: bool | None = None, longest: int | None = None, plain: str = "") -> None:
+                 thinking: bool | None = None, longest: int | None = None, plain: str = "",
+                 room: str = "rollout.max_new") -> None:
         self.tokenizer, self.template, self.thinking, self.seed = tokenizer, template, thinking, seed
         self.plain = plain
         if plain and "{question}" not in plain:
             raise UserError(f"the plain text {plain!r} needs {{question}}, where the question goes")
         if plain and (more := next((p for p in prompts if p.tools or len(p.messages) != 1), None)):
             raise UserError(f"{more.name}: as plain text one question can be asked, without tools and other turns")
+        if longest is not None and longest < 1:
+            raise UserError(f"{room} leaves nothing of the model's context for a prompt; lower it")
         ids = [self.encode(p.messages, p.tools) for p in prompts]
         kept = [i for i, one in enumerate(ids) if longest is None or len(one) <= longest]
         if not kept:
             raise UserError(f"every prompt is longer than {longest} tokens, which is what the model's context leaves "
-                            "beside an answer; lower rollout.max_new, or take shorter prompts")
+                            f"beside an answer; lower {room}, or take shorter prompts")
         if len(kept) < len(ids):
             warn(f"{len(ids) - len(kept)} of {len(ids)} prompts are longer than {longest} tokens and are left out")
         self.prompts, self.ids = [prompts[i] for i in kept], [ids[i] for i in kept]

@@ -121,7 +121,8 @@ class Rollout:
     def collect(self) -> None:
         """One rollout: play, judge, weigh, and cut into minibatches. Raises UserError when there has been nothing to
         learn from for too long."""
-        began = time.monotonic()
+        began, before = time.monotonic(), self.barren
+        self.metrics = {}                         # those of a rollout from which nothing was learnt
         with evaluating(self.policy):
             kept, all_ = self.groups()
             if kept:
@@ -133,7 +134,7 @@ class Rollout:
             self.barren = 0 if kept else self.barren + 1
             if self.barren >= self.config.patience:
                 raise UserError(hopeless(self.barren, all_, self.config.drop_cut))
-        self.metrics = summary(all_, kept, self.play.answers) | self.metrics
+        self.metrics = summary(all_, kept, self.play.answers) | self.metrics | {"barren": before}
         self.metrics["rollout_tokens_per_s"] = sum(t.length for t in all_) / (time.monotonic() - began)
         for epoch in range(self.config.epochs if kept else 0):
             order = np.random.default_rng(key_of(self.seed, 7, self.rounds, epoch)).permutation(len(kept))
@@ -300,12 +301,12 @@ class Rollout:
             self.advantage.kl = state["kl"]
             self.queue = [[Trajectory.of(t) for t in part] for part in state["queue"]]
         elif state["queue"] and dist.is_main():
-            warn("the temperature or the divergence have changed, so the answers that were drawn and not learnt from "
-                 "yet are thrown away")
+            warn("how answers are drawn or weighed has changed, so those that were drawn and not learnt from yet are "
+                 "thrown away")
 
     def figures(self) -> dict[str, Any]:
         """By what the answers that wait were drawn and weighed."""
-        return {"kl": self.given_kl, "target_kl": self.advantage.target_kl, "temperature": self.play.temperature,
+        return {**vars(self.advantage), "kl": self.given_kl, **vars(replace(self.play, seed=0)),
                 "reference": self.reference is not None}
 
     def identity(self) -> dict[str, Any]:

@@ -242,7 +242,10 @@ def normalise(row: dict[str, Any]) -> tuple[list[Message], Tools]:
         if row.get("system"):
             given.insert(0, {"role": "system", "content": row["system"]})
     elif "question" in row and "answer" in row:
-        given = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        answer = str(row["answer"]) if type(row["answer"]) in (int, float) else row["answer"]
+        given = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": answer}]
+        if row.get("system"):
+            given.insert(0, {"role": "system", "content": row["system"]})
     else:
         raise UserError(f"no conversation: the keys are {', '.join(row) or 'none'}; expected conversations, messages, "
                         "instruction and output, or question and answer")
