@@ -258,3 +258,13 @@ def test_plain_text_in_place_of_the_template_and_texts_that_end_an_answer():
         Prompts([replace(asked[0], tools=[{}])], tokenizer, seed=0, plain="{question}")
     with pytest.raises(UserError, match="leaves out the chat template"):
         derive(RLOptions(data=PromptOptions(train=("x",), plain="{question}", tools=True)))
+
+
+def test_settings_that_cannot_go_together_are_refused():
+    for data, rollout_, says in (
+            (PromptOptions(train=("x",), tools=True), SamplingOptions(stop=("\n",)), "in the middle of a turn"),
+            (PromptOptions(train=("x",), plain="{question}", thinking="on"), SamplingOptions(), "opens a <think>"),
+            (PromptOptions(train=("x",)), SamplingOptions(stop=("",)), "empty text")):
+        with pytest.raises(UserError, match=says):
+            derive(RLOptions(data=data, rollout=rollout_))
+    assert derive(RLOptions(rollout=SamplingOptions(stop=(r"\n",)))).rollout.stop == ("\n",)

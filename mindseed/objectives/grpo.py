@@ -90,7 +90,7 @@ class GRPO:
         else:
             losses = -torch.minimum(ratio * advantages, clipped * advantages)
             cut = (ratio > 1 + self.clip_high) & (advantages > 0) | (ratio < 1 - self.clip_low) & (advantages < 0)
-        metrics = {"ratio": ratio, "clipped": cut.to(ratio.dtype), "entropy": -logps, "kl_old": k3(logps - old)}
+        metrics = {"ratio": ratio, "clipped": cut.to(ratio.dtype), "entropy": -logps, "kl_old": k3(change)}
         if "sampled_logps" in batch.extra:
             metrics["engine_gap"] = (old - batch.extra["sampled_logps"][counted]).abs()
         if self.correction:
