@@ -204,22 +204,18 @@ def test_options_of_another_method_are_told_to_be_idle(place, tmp_path):
     assert "dpo.beta has no effect: --method is sft" in said
 
 
+def without_start(command: list[str]) -> list[str]:
+    at = command.index("--model.start")
+    return command[:at] + command[at + 2:]
+
+
 def test_a_student_takes_its_teachers_tokenizer(place, tmp_path):
-    given = [word for word in command(place, tmp_path / "run", "distill", steps=1)]
-    at = given.index("--model.start")
-    del given[at:at + 2]
-    finish([*given, "--model.layers", "1", "--model.dim", "32", "--model.heads", "2", "--model.kv_heads", "1",
-            "--model.ffn_dim", "48"])
+    finish(without_start(command(place, tmp_path / "run", "distill", steps=1, model__layers=1, model__dim=32)))
     assert load_directory(tmp_path / "run/model").tokenizer.hash() == load_directory(place / "teacher").tokenizer.hash()
 
 
 def test_an_adapter_needs_a_base_and_preferences_are_missed_by_random_weights(place, tmp_path):
-    given = command(place, tmp_path / "run", "adapter", steps=1)
-    at = given.index("--model.start")
-    del given[at:at + 2]
-    assert "give --model.start DIR" in finish(given, code=2)
-    given = command(place, tmp_path / "other", "reward", steps=1, model__layers=1, model__dim=32, model__heads=2)
-    at = given.index("--model.start")
-    del given[at:at + 2]
-    said = finish(given)
+    said = finish(without_start(command(place, tmp_path / "run", "adapter", steps=1)), code=2)
+    assert "give --model.start DIR" in said
+    said = finish(without_start(command(place, tmp_path / "other", "reward", steps=1, model__layers=1, model__dim=32)))
     assert "without --model.start" in said and "--model.reward" in said

@@ -326,6 +326,21 @@ def test_no_difference_between_rewards_stops_with_advice():
         next(source)
 
 
+def test_a_step_reports_the_rollout_that_it_learns_from():
+    model, prompts, judge = bandit()
+    pay, calls = judge.terms[0].call, []
+
+    def at_first_nothing(samples):
+        calls.append(len(samples))
+        return pay(samples) if len(calls) > 2 else [0.0] * len(samples)
+
+    source = rollout(model, prompts, Judge([Term(name="pay", weight=1.0, call=at_first_nothing)]),
+                     RolloutConfig(prompts=3), Advantage(), Play(max_new=2, answers=8))
+    next(source)
+    told = source.report()
+    assert told["barren"] == 2 and told["degenerate"] < 1 and told["learnt_from"] > 0 and told["reward"] > 0
+
+
 def test_dynamic_sampling_draws_until_groups_differ():
     model, prompts, _ = bandit()
     judge = Judge([Term(name="pay", weight=1.0, call=each(

@@ -76,7 +76,7 @@ class Service:
         vectors: list[list[float]] = []
         for prompt in prompts:
             vectors += await asyncio.wrap_future(self.call(
-                lambda prompt=prompt: self.engine.embed([prompt], adapter).tolist(), long=True))
+                lambda: self.engine.embed([prompt], adapter).tolist(), long=True))
         return vectors
 
     def stats(self) -> Stats:
@@ -120,10 +120,8 @@ class Service:
         return EngineDead(f"the engine has stopped: {'it was closed' if self.error is None else repr(self.error)}")
 
     def read_inbox(self, *, wait: bool, refuse: bool = False) -> None:
-        """Answer the letters that are there, not those that their answers bring: a pass comes first. `wait` for one."""
-        letters = max(self.inbox.qsize(), wait)
-        while letters > 0 or refuse:
-            letters -= 1
+        """Answer the letters that are there, up to one that takes long; `wait` for one."""
+        while True:
             try:
                 function, future, long = self.inbox.get(block=wait, timeout=1.0 if wait else None)
             except queue.Empty:
