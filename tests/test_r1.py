@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mindseed.base.errors import UserError
 from mindseed.interop.directory import load_directory, save_directory
@@ -91,8 +94,28 @@ def test_what_is_done_is_not_done_again(ran):
 
 
 def test_other_options_are_refused_in_the_same_folder(ran):
-    with pytest.raises(UserError, match="other options .samples differs"):
+    with pytest.raises(UserError, match="other options: samples was 2, is 3.* --redo rejection"):
         r1.main(replace(ran, samples=3))
+    with pytest.raises(UserError, match="other options: second.lr was 0.0003, is 0.1.* --redo rl-again"):
+        r1.main(replace(ran, second=replace(ran.second, lr=0.1), small=replace(ran.small, steps=3)))
+
+
+def test_a_stage_is_made_anew_with_other_options(ran, tmp_path, capsys):
+    """And nothing before it is touched."""
+    out = tmp_path / "run"
+    shutil.copytree(ran.out, out)
+    kept = {file: file.stat().st_mtime_ns for name in r1.STAGES[:-1] for file in (out / name).rglob("*.safetensors")}
+    other = replace(ran, out=str(out), small=replace(ran.small, steps=3))
+    with pytest.raises(UserError, match="other options: samples was 2, is 3"):             # of an earlier stage
+        r1.main(replace(other, samples=3, redo="student"))
+    shutil.copytree(ran.out, out, dirs_exist_ok=True)
+    assert r1.main(replace(other, redo="student")) == 0
+    assert "thrown away: student" in capsys.readouterr().out
+    assert list(stages(other)) == list(stages(ran))
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert len((out / "student/log.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="small.steps was 3, is 20"):
+        r1.main(replace(ran, out=str(out)))
 
 
 def test_a_pipeline_goes_on_under_a_version_with_more_options(ran):
@@ -100,7 +123,9 @@ def test_a_pipeline_goes_on_under_a_version_with_more_options(ran):
     summary = json.loads(path.read_text())
     del summary["options"]["data"]["plain"], summary["options"]["tag_weight"]
     path.write_text(json.dumps(summary))
-    with pytest.raises(UserError, match="other options .tag_weight differs"):             # 2 then, by default 1
+    summary["options"]["gone"] = {"of an older version": 1}
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="other options: tag_weight was 1.0, is 2.0"):      # 2 then, by default 1
         r1.main(ran)
     summary["options"]["tag_weight"] = 2.0
     path.write_text(json.dumps(summary))
@@ -114,11 +139,13 @@ def test_zero_begins_with_the_base(ran, tmp_path):
     assert list(stages(zero)) == ["base", "rl"]
 
 
-def test_zero_asks_a_base_in_plain_text(ran, tmp_path):
+def test_zero_asks_a_base_in_plain_text(ran, tmp_path, capsys):
     zero = replace(ran, out=str(tmp_path / "zero"), zero=True, base=str(Path(ran.out) / "cold-start/model"),
                    data=replace(ran.data, plain="{question}", stop=("\n",)))
-    with pytest.raises(UserError, match="nothing to learn from"):             # as text it has never been asked
-        r1.main(zero)
+    with pytest.raises(UserError, match="stage rl: .*nothing to learn from.*first.answers") as error:
+        r1.main(replace(zero, samples=9))         # as text it has never been asked
+    assert "rollout." not in str(error.value)
+    assert re.search(r"warning: without effect.*--zero.* samples", capsys.readouterr().err)
     said = (Path(zero.out) / "rl/config.toml").read_text()
     assert 'plain = "{question}"' in said and 'stop = ["\\n"]' in said
     with pytest.raises(UserError, match="are for --zero"):
@@ -148,6 +175,19 @@ def test_interrupted_is_told_and_goes_on(options, tmp_path, monkeypatch, capsys)
 def test_what_is_missing_is_said(options, tmp_path, change, says):
     with pytest.raises(UserError, match=says):
         r1.main(change(replace(options, out=str(tmp_path / "run"), until="rl", cold=r1.LessonOptions(steps=2))))
+    assert not (tmp_path / "run").exists()        # said before anything is done
+
+
+def test_what_is_too_long_for_the_model_is_not_right(ran, tmp_path):
+    """Held-out problems that its context cannot hold still count among all."""
+    more = tmp_path / "heldout.jsonl"
+    long = problem(1) | {"question": problem(1)["question"] + " so" * 200}
+    more.write_text("".join(json.dumps(row) + "\n" for row in [*[problem(i) for i in range(3)], long]))
+    here = replace(ran, out=str(tmp_path / "run"), zero=True, base=str(Path(ran.out) / "cold-start/model"),
+                   data=replace(ran.data, heldout=(str(more),)), first=replace(ran.first, steps=1))
+    pipeline = r1.Pipeline(here, torch.device("cpu"))
+    pipeline.grade("base", Path(here.base))
+    assert pipeline.seen[0]["right"] in (0, 25, 50, 75)
 
 
 def test_thinking_first_is_one_block_and_an_answer():

@@ -108,6 +108,21 @@ def test_resume_is_bitwise(kind, precision):
     assert all(torch.equal(a, b) for a, b in zip(ema.average.values(), other_ema.average.values()))
 
 
+def test_tokens_are_counted_by_what_is_learnt_from_and_not_by_what_losses_count():
+    """A loss may be a mean over pairs or answers, or weigh tokens."""
+    batch = random_batch(4, 24, empty=(1,))
+    heavy = replace(batch, weights=3 * batch.weights)
+    run = make_run(tiny_model(), Fixed([heavy]), objective=Rows())
+    assert train_step(run)["supervised"] == run.tokens == int((batch.weights != 0).sum()) > 4
+
+
+class Rows(SFT):
+    """The loss of a row, whatever its length."""
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        return (batch.weights != 0).any(-1).sum()
+
+
 # -------------------------------------------------------------------------------------------------- what stops a run
 
 def test_no_supervised_token_anywhere_is_an_error():

@@ -90,13 +90,14 @@ def duration(seconds: float) -> str:
     return f"{days}d {h:02}:{m:02}:{s:02}" if days else f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"
 
 
-def step_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """The line of one optimiser step. Known values come first in their fixed order; a value that is absent is left out.
+def step_line(step: int, steps: int, values: dict[str, float], unit: str = "step") -> str:
+    """The line of one optimiser step, or of another unit of work. Known values come first in their fixed order; a value
+    that is absent is left out.
 
     `values` may hold loss, tokens_per_s, mfu (a fraction), grad_norm, lr, memory_bytes; others follow by name, but
     for those of one part of many (load/3/7), which only programs want.
     """
-    parts = [f"step {step}/{steps}"]
+    parts = [f"{unit} {step}/{steps}"]
     parts += [form(values[name]) for name, form in STEP_FIELDS.items() if values.get(name) is not None]
     parts += [f"{name} {plain(value)}" for name, value in values.items()
               if name not in STEP_FIELDS and "/" not in name]
@@ -285,15 +286,16 @@ class StepBar:
     """The progress of a training run: a bar with the time left and the newest step line under it, or plain lines.
 
     Where stderr is not a terminal, a line is printed about every `every_s` seconds and for the last step. `enabled` is
-    False on all ranks but the first. Use as a context manager; `say` prints above the bar.
+    False on all ranks but the first; `unit` is what is counted. Use as a context manager; `say` prints above the bar.
     """
 
-    def __init__(self, steps: int, *, start: int = 0, enabled: bool = True, every_s: float = 10.0) -> None:
-        self.steps, self.start, self.enabled, self.every_s = steps, start, enabled, every_s
+    def __init__(self, steps: int, *, start: int = 0, enabled: bool = True, every_s: float = 10.0,
+                 unit: str = "step") -> None:
+        self.steps, self.start, self.enabled, self.every_s, self.unit = steps, start, enabled, every_s, unit
         self.began, self.printed = time.monotonic(), -math.inf
         self.live: Live | None = None
         if enabled and notes.is_terminal:
-            self.live = Live(self.draw(start, f"step {start}/{steps}", ""), console=notes, refresh_per_second=4)
+            self.live = Live(self.draw(start, f"{unit} {start}/{steps}", ""), console=notes, refresh_per_second=4)
 
     def __enter__(self) -> StepBar:
         if self.live:
@@ -316,7 +318,7 @@ class StepBar:
             return
         now = time.monotonic()
         left = f"left {duration((now - self.began) / max(step - self.start, 1) * (self.steps - step))}"
-        line = step_line(step, self.steps, values)
+        line = step_line(step, self.steps, values, self.unit)
         if self.live:
             self.live.update(self.draw(step, line, left))
         elif now - self.printed >= self.every_s or step == self.steps:

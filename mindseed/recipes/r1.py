@@ -11,11 +11,18 @@
     student     a smaller model learns from the last one's answers
 
 Every stage is graded on the held-out problems and stands in summary.json beside the length of its
-answers; the curves of each run are in the studio. A stage that is done is not done again.
+answers; the curves of each run are in the studio. A stage that is done is not done again, unless --redo says so:
+
+  mindseed r1 configs/r1-toy.toml --first.lr 1e-4 --redo rl          other options for a stage: it and what follows
 """
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import time
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +30,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mindseed.base.config import from_dict, option, to_dict
+from mindseed.base.config import diff, flatten, option, to_dict
 from mindseed.base.errors import UserError
 from mindseed.base.files import make_folder, read_json, write_json, write_text
-from mindseed.base.log import duration, notes, say, table
-from mindseed.data.readers import read_rows
+from mindseed.base.log import StepBar, duration, say, table, warn
+from mindseed.data.formats import check as check_file
+from mindseed.data.readers import expand, read_rows
 from mindseed.infer.engine import Engine, EngineConfig, Request
 from mindseed.infer.sample import Sampling
-from mindseed.interop.directory import Loaded, load_directory
+from mindseed.interop.directory import load_directory
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes import rl, train
@@ -46,8 +54,13 @@ from mindseed.tasks.verify import grade, kind_of, require_gradable, thought_firs
 from mindseed.tokenizers.chat import normalise
 from mindseed.train.loop import Interrupted
 
-STAGES = ("cold-start", "rl", "rejection", "again", "rl-again", "student")
+Stage = Literal["cold-start", "rl", "rejection", "again", "rl-again", "student"]
+STAGES: tuple[Stage, ...] = typing.get_args(Stage)
 SEEN = {"stage": str, "right": float, "thinks": float, "tokens": float, "seconds": float}
+FIRST_USED: dict[str, Stage] = {                  # the first stage that an option is of any consequence to
+    "first": "rl", "data.problems": "rl", "data.families": "rl", "samples": "rejection", "temperature": "rejection",
+    "again": "again", "second": "rl-again", "small": "student", "student": "student"}         # all others: the first
+ELSEWHERE = ("out", "until", "device", "redo")    # of no consequence to what is made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +106,8 @@ class Options:
     out: str = option("runs/r1", help="folder of all stages")
     base: str | None = option(None, help="the base model's directory", elsewhere=("model.start",))
     zero: bool = option(False, help="no cold start: reinforcement learning on the base, and nothing else (R1-Zero)")
-    until: Literal["cold-start", "rl", "rejection", "again", "rl-again", "student"] = option(
-        "student", help="stop after this stage")
+    until: Stage = option("student", help="stop after this stage")
+    redo: Stage | None = option(None, help="throw away this stage and those after it, and make them anew")
     seed: int = option(0, help="seed of every stage")
     device: str = option("auto", help="cpu, cuda, mps; auto: the GPU if there is one")
     tag_weight: float = option(1.0, help="weight of the think and answer tags in the cold start's loss; above 1 the "
@@ -115,11 +128,13 @@ class Options:
 
 def main(options: Options) -> int:
     check(options)
+    if idle := without_effect(options):
+        warn(f"without effect, for --zero has one stage, reinforcement learning on the base: {', '.join(idle)}")
     pipeline = Pipeline(options, choose_device(options.device))
     try:
         pipeline.run()
     except Interrupted as stop:
-        say(f"{stop}. Give the same command again to go on")
+        say(f"{stop}. Give the same command again to go on" + (", without --redo" if options.redo else ""))
         return 130
     pipeline.show()
     return 0
@@ -128,28 +143,43 @@ def main(options: Options) -> int:
 def check(options: Options) -> None:
     if not options.base:
         raise UserError("which base model? --base DIRECTORY, for example runs/demo/pretrain/model")
-    if (options.data.plain or options.data.stop) and not options.zero:
+    data = options.data
+    if (data.plain or data.stop) and not options.zero:
         raise UserError("data.plain and data.stop are for --zero; the other stages learn the chat template")
     needed = ["problems", "heldout"] + ([] if options.zero else ["traces", "general"])
-    if missing := [name for name in needed if not getattr(options.data, name)]:
+    if missing := [name for name in needed if not getattr(data, name)]:
         raise UserError(f"data.{missing[0]} is empty: name files; configs/r1-toy.toml shows which")
     if not 0 <= options.cold_general < 1:
         raise UserError(f"cold_general is a share from 0 to below 1, not {options.cold_general:g}")
-    problems = read_prompts(options.data.problems)
-    for prompt in [*problems, *read_prompts(options.data.heldout)]:
+    if options.zero and options.redo not in (None, "rl"):
+        raise UserError(f"--zero has no stage {options.redo}; its one stage is rl")
+    problems = read_prompts(data.problems)
+    for prompt in [*problems, *read_prompts(data.heldout)]:
         if kind_of(prompt.row, prompt.name) == "code":
             raise UserError(f"{prompt.name} has tests, and code is not run here; mindseed rl --reward.task code does")
         require_gradable(prompt.row, where=prompt.name)
     there = {p.row.get("family") for p in problems}
-    if unknown := set(options.data.families) - there:
+    if unknown := set(data.families) - there:
         raise UserError(f"data.families names {', '.join(sorted(unknown))}, of which data.problems has no problem; it "
                         f"has {', '.join(sorted(map(str, there)))}")
+    if not options.zero:
+        thoughtful(data.traces, 1)
+        for path in expand(data.general):
+            check_file(path)
 
 
-def identity(options: Options) -> dict[str, Any]:
-    """What a pipeline that goes on must have been called with."""
-    return json.loads(json.dumps({key: value for key, value in to_dict(options).items()
-                                  if key not in ("out", "until", "device")}))
+def without_effect(options: Options) -> list[str]:
+    """The options that were given and that --zero makes idle."""
+    if not options.zero:
+        return []
+    used = {"zero", "base", "seed", *ELSEWHERE, "data.problems", "data.heldout", "data.families", "data.plain",
+            "data.stop", "first"} - {"until"}
+    return [name for name in diff(Options(), options) if not used & {name, name.split(".")[0]}]
+
+
+def plain_dict(options: Options) -> dict[str, Any]:
+    """As JSON holds it."""
+    return json.loads(json.dumps(to_dict(options)))
 
 
 class Pipeline:
@@ -158,22 +188,48 @@ class Pipeline:
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.device, self.folder = options, device, make_folder(options.out)
         self.summary = self.folder / "summary.json"
-        kept = read_json(self.summary, {"stages": [SEEN], "options": dict}) if self.summary.exists() else None
-        now = identity(options)
-        if kept:                                  # options that are newer than the pipeline have their defaults
-            kept["options"] = identity(from_dict(Options, kept["options"], where=str(self.summary)))
-        if kept and kept["options"] != now:
-            other = next(key for key in now if kept["options"].get(key) != now[key])
-            raise UserError(f"{self.folder} holds a pipeline with other options ({other} differs); choose another "
-                            "--out")
-        self.seen, self.now = kept["stages"] if kept else [], now
+        self.now = plain_dict(options)
+        kept = read_json(self.summary, {"stages": [SEEN], "options": dict}) if self.summary.exists() else {"stages": []}
+        self.seen = kept["stages"]
+        if options.redo:
+            self.throw_away(options.redo)
+        if "options" in kept:
+            self.compare(kept["options"])
         self.heldout = read_prompts(options.data.heldout)
+
+    def compare(self, then: dict[str, Any]) -> None:
+        """UserError if a stage that has begun was given other options. One that an older version did not have, and one
+        that this version has no more, do not count: of the first the default was in force."""
+        was, now, usual = (flatten(options) for options in (then, self.now, plain_dict(Options())))
+        changed = [name for name in now if name not in ELSEWHERE and was.get(name, usual.get(name)) != now[name]]
+        first = {name: FIRST_USED.get(name, FIRST_USED.get(name.split(".")[0], "rl" if self.options.zero else
+                                                           "cold-start")) for name in changed}
+        if not self.options.zero and self.options.cold_general == 0 and "data.general" in first:
+            first["data.general"] = "again"
+        for name in sorted(changed, key=lambda name: STAGES.index(first[name])):
+            if any((self.folder / stage).exists() for stage in STAGES[STAGES.index(first[name]):]):
+                raise UserError(
+                    f"{self.folder} holds stages that were made with other options: {name} was "
+                    f"{was.get(name, usual.get(name))}, is {now[name]}. Give the old ones to go on, --redo "
+                    f"{first[name]} to make that stage and those after it anew, or another --out")
+        if changed and not any((self.folder / stage).exists() for stage in STAGES):
+            self.seen = []                        # the base may be another, or what it is graded on
+
+    def throw_away(self, redone: Stage) -> None:
+        gone = STAGES[STAGES.index(redone):]
+        found = [self.folder / stage for stage in gone if (self.folder / stage).exists()]
+        inputs = {"cold-start": "cold-start-traces", "rl": "rl-problems", "student": "student-lessons"}
+        for path in [*found, *(self.folder / f"{file}.jsonl" for stage, file in inputs.items() if stage in gone)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.seen = [seen for seen in self.seen if seen["stage"] not in gone
+                     and not (seen["stage"] == "base" and redone == ("rl" if self.options.zero else "cold-start"))]
+        say(f"thrown away: {', '.join(path.name for path in found) or 'nothing, there was none of them'}")
 
     def run(self) -> None:
         o = self.options
         self.grade("base", Path(o.base))
         if o.zero:
-            self.stage("rl", lambda: self.reinforce("rl", Path(o.base), o.first, list(o.data.problems)))
+            self.stage("rl", lambda: self.reinforce("rl", Path(o.base), o.first, self.problems_of_first()))
             return
         for name, make in (("cold-start", self.cold_start), ("rl", self.first_rl), ("rejection", self.reject),
                            ("again", self.fine_tune_again), ("rl-again", self.second_rl), ("student", self.teach)):
@@ -181,14 +237,18 @@ class Pipeline:
             if name == o.until:
                 return
 
-    def stage(self, name: str, make: Any) -> None:
+    def stage(self, name: Stage, make: Callable[[], None]) -> None:
         """Run a stage unless an earlier call finished it, and grade what it made."""
         done = self.folder / name / ("lessons.jsonl" if name == "rejection" else "model")
         if not done.exists():
-            say(f"\n--- {name}")
+            say(f"\n--- {name}" + ("" if self.options.zero else f", stage {STAGES.index(name) + 1} of {len(STAGES)}"))
+            self.write()                          # with which options it begins
             make()
         if name != "rejection":
             self.grade(name, done)
+
+    def write(self) -> None:
+        write_json(self.summary, {"stages": self.seen, "options": self.now})
 
     # ------------------------------------------------------------------------------------------------------ the stages
 
@@ -203,27 +263,30 @@ class Pipeline:
         self.fine_tune("cold-start", o.cold, (str(traces), *general), weights=weights,
                        objective=ObjectiveOptions(tag_weight=o.tag_weight))
 
+    def problems_of_first(self) -> list[str]:
+        """Those that need thought, if data.families says which."""
+        wanted, problems = set(self.options.data.families), self.options.data.problems
+        if not wanted:
+            return list(problems)
+        some = self.folder / "rl-problems.jsonl"
+        if not some.exists():
+            write_rows(some, [p.row for p in read_prompts(problems) if p.row.get("family") in wanted])
+        return [str(some)]
+
     def first_rl(self) -> None:
         """Rewards for being right, and for thinking, on the problems that need thought."""
-        wanted, problems = set(self.options.data.families), self.options.data.problems
-        if wanted:
-            some = self.folder / "rl-problems.jsonl"
-            if not some.exists():
-                write_rows(some, [p.row for p in read_prompts(problems) if p.row.get("family") in wanted])
-            problems = (str(some),)
-        self.reinforce("rl", self.folder / "cold-start" / "model", self.options.first, list(problems))
+        self.reinforce("rl", self.folder / "cold-start" / "model", self.options.first, self.problems_of_first())
 
     def reject(self) -> None:
         """What the model answers by now, kept where it is right and readable."""
-        loaded = self.load(self.folder / "rl" / "model")
-        o = self.options
-        rows = answers_to(loaded, read_prompts(o.data.problems), n=o.samples, seed=o.seed, temperature=o.temperature,
-                          max_new=o.first.max_new, keep=right)
+        began, o = time.monotonic(), self.options
+        rows, asked = self.right_answers("rl", o.first.max_new, seed=o.seed)
         if not rows:
             raise UserError("the model of stage rl answered no problem right, so there is nothing to learn from; "
-                            "give it more steps (first.steps)")
-        make_folder(self.folder / "rejection")
-        write_rows(self.folder / "rejection" / "lessons.jsonl", rows)
+                            "give it more steps (first.steps, with --redo rl)")
+        folder = make_folder(self.folder / "rejection")
+        write_json(folder / "summary.json", {"asked": asked, "kept": len(rows), "seconds": time.monotonic() - began})
+        write_rows(folder / "lessons.jsonl", rows)
 
     def fine_tune_again(self) -> None:
         lessons = (str(self.folder / "rejection" / "lessons.jsonl"), *self.options.data.general)
@@ -238,10 +301,11 @@ class Pipeline:
         """A smaller model learns from the last one's answers, and from general conversations."""
         lessons = self.folder / "student-lessons.jsonl"
         if not lessons.exists():
-            loaded = self.load(self.folder / "rl-again" / "model")
-            write_rows(lessons, answers_to(loaded, read_prompts(self.options.data.problems), n=self.options.samples,
-                                           seed=self.options.seed + 1, temperature=self.options.temperature, keep=right,
-                                           max_new=self.options.second.max_new))
+            rows, _ = self.right_answers("rl-again", self.options.second.max_new, seed=self.options.seed + 1)
+            if not rows:
+                raise UserError("the model of stage rl-again answered no problem right, so a student could learn "
+                                "nothing from it; give it more steps (second.steps, with --redo rl-again)")
+            write_rows(lessons, rows)
         model, tokenizer = self.options.student, None
         if model.start is None:
             tokenizer = str(self.options.base)
@@ -263,30 +327,50 @@ class Pipeline:
             schedule=ScheduleConfig(kind="linear", warmup_steps=min(20, how.steps // 4), final=0.02),
             loop=LoopOptions(steps=how.steps, batch=how.batch, sample_every=0, validate_every=0)), self.device)
 
-    def reinforce(self, name: str, start: Path, how: ReinforceOptions, files: list[str], *,
+    def reinforce(self, name: Stage, start: Path, how: ReinforceOptions, files: list[str], *,
                   form: str = "think") -> None:
-        o = self.options
-        rl.train(RLOptions(
-            out=str(self.folder / name), resume="auto", seed=o.seed, device=o.device, algorithm=how.algorithm,
-            model=StartOptions(start=str(start)),
-            data=PromptOptions(train=tuple(files), heldout=o.data.heldout, limit=60, plain=o.data.plain),
-            rollout=SamplingOptions(prompts=how.prompts, answers=how.answers, max_new=how.max_new, stop=o.data.stop),
-            reward=RewardOptions(accuracy=1.0, format=how.format, form=form), policy=PolicyOptions(kl=how.kl),
-            optim=OptimConfig(kind="adamw", lr=how.lr, weight_decay=0.0),
-            schedule=ScheduleConfig(kind="constant", warmup_steps=5), loop=RLLoop(steps=how.steps, micro_batch=64)),
-            self.device)
+        o, section = self.options, {"rl": "first", "rl-again": "second"}[name]
+        try:
+            rl.train(RLOptions(
+                out=str(self.folder / name), resume="auto", seed=o.seed, device=o.device, algorithm=how.algorithm,
+                model=StartOptions(start=str(start)),
+                data=PromptOptions(train=tuple(files), heldout=o.data.heldout, limit=60, plain=o.data.plain),
+                rollout=SamplingOptions(prompts=how.prompts, answers=how.answers, max_new=how.max_new,
+                                        stop=o.data.stop),
+                reward=RewardOptions(accuracy=1.0, format=how.format, form=form if how.format else "task"),
+                policy=PolicyOptions(kl=how.kl), optim=OptimConfig(kind="adamw", lr=how.lr, weight_decay=0.0),
+                schedule=ScheduleConfig(kind="constant", warmup_steps=5),
+                loop=RLLoop(steps=how.steps, micro_batch=64)), self.device)
+        except UserError as error:
+            said = str(error).replace("rollout.", f"{section}.").replace("reward.format", f"{section}.format")
+            raise UserError(f"stage {name}: {said}. Its options are {section}.*; --redo {name} begins it anew, "
+                            "--redo with an earlier stage gives it another model to begin with") from None
 
-    def load(self, folder: Path) -> Loaded:
-        return load_directory(folder, device=self.device)
+    def right_answers(self, name: Stage, max_new: int, *, seed: int) -> tuple[list[dict], int]:
+        """(rows of conversations, answers that were asked for): what the model of a stage answers to the problems,
+        where it is right and readable, and at most one of the same wording to a prompt."""
+        o, prompts, rows = self.options, read_prompts(self.options.data.problems), []
+        loaded = load_directory(self.folder / name / "model", device=self.device)
+        engine = Engine.of(loaded, EngineConfig(max_seqs=64, max_queue=1 << 20))
+        with StepBar(len(prompts), unit="prompt") as bar:
+            for i, sampled in enumerate(sample_answers(
+                    engine, prompts, n=o.samples, keep=right, max_new=max_new, template=loaded.template,
+                    sampling=Sampling(temperature=o.temperature, seed=seed))):
+                rows += [with_tools(sampled.prompt, answer) for answer in sampled.answers]
+                bar.update(i + 1, {"kept": len(rows)})
+        asked = len(prompts) * o.samples
+        say(f"{len(rows):,} of {asked:,} answers are right, readable and no repetition, and are kept")
+        return rows, asked
 
     def grade(self, name: str, folder: Path) -> None:
         """The likeliest answers to the held-out problems: how many are right, how many think, how long they are."""
         if any(seen["stage"] == name for seen in self.seen):
             return
-        loaded = self.load(folder)
+        loaded = load_directory(folder, device=self.device)
         o, longest = self.options, (self.options.first if self.options.zero else self.options.second).max_new
         prompts = Prompts(self.heldout, loaded.tokenizer, seed=0, template=loaded.template, plain=o.data.plain,
-                          longest=loaded.model.config.seq_len - longest)
+                          longest=loaded.model.config.seq_len - longest,
+                          room="first.max_new" if o.zero else "second.max_new")
         engine = Engine.of(loaded, EngineConfig(max_seqs=64, max_queue=1 << 20))
         answers = [c for c, in engine.generate([Request(prompt=ids, max_new=longest, stop=o.data.stop,
                                                         sampling=Sampling(temperature=0.0)) for ids in prompts.ids])]
@@ -294,21 +378,28 @@ class Pipeline:
         log = self.folder / name / "log.jsonl"
         spent = sum(json.loads(line).get("elapsed_s", 0) for line in log.read_text().splitlines()[-1:]) if (
             log.exists()) else 0.0
-        self.seen.append({"stage": name, "right": 100 * float(np.mean(right)), "seconds": float(spent),
+        of = len(self.heldout)                    # one that is too long for the model is not right
+        self.seen.append({"stage": name, "right": 100 * float(np.sum(right)) / of, "seconds": float(spent),
                           "thinks": 100 * float(np.mean([thought_first(c.text) for c in answers])),
                           "tokens": float(np.mean([len(c.ids) for c in answers]))})
-        write_json(self.summary, {"stages": self.seen, "options": self.now})
+        self.write()
         seen = self.seen[-1]
-        say(f"{name}: {seen['right']:.1f}% right, {seen['thinks']:.0f}% think first, {seen['tokens']:.0f} tokens")
+        say(f"{name}: {seen['right']:.1f}% right, {seen['thinks']:.0f}% think first, {seen['tokens']:.0f} tokens an "
+            "answer")
 
     def show(self) -> None:
-        table("held-out problems", ["stage", "right", "think first", "tokens an answer", "time"],
-              [[s["stage"], f"{s['right']:.1f}%", f"{s['thinks']:.0f}%", f"{s['tokens']:.0f}", duration(s["seconds"])]
-               for s in self.seen])
+        rows = [[s["stage"], f"{s['right']:.1f}%", f"{s['thinks']:.0f}%", f"{s['tokens']:.0f}",
+                 duration(s["seconds"]) if s["seconds"] else ""] for s in self.seen]
+        if (kept := self.folder / "rejection" / "summary.json").exists() and len(rows) > 2:
+            lessons = read_json(kept, {"asked": int, "kept": int, "seconds": float})
+            rows.insert(3, ["rejection", f"{lessons['kept']:,} of {lessons['asked']:,} answers kept", "", "",
+                            duration(lessons["seconds"])])
+        table(f"{len(self.heldout)} held-out problems",
+              ["stage", "right", "think first", "tokens an answer", "time"], rows)
         last, o = str(self.folder / self.seen[-1]["stage"] / "model"), self.options
-        say(f"\nThe figures are in {self.summary}. " + (
-            asked_plainly(last, o.data.stop) if o.data.plain else
-            f"Talk to the last one:\n\n    mindseed chat {last}") + "\n")
+        say(f"\nThe figures are in {self.summary}, the curves in the studio (mindseed ui). " + (
+            asked_plainly(shlex.quote(last), o.data.stop) if o.data.plain else
+            f"Talk to the last one:\n\n    mindseed chat {shlex.quote(last)}") + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------ rows of lessons
@@ -333,20 +424,6 @@ def thoughtful(paths: tuple[str, ...], most: int) -> list[dict]:
 
 def right(prompt: Prompt, answer: Answer) -> bool:
     return grade(prompt.row, answer.text)["score"] == 1.0
-
-
-def answers_to(loaded: Loaded, prompts: list[Prompt], *, n: int, seed: int, temperature: float, max_new: int,
-               keep: Any) -> list[dict]:
-    """Rows of conversations: the answers that are kept, at most one of the same wording to a prompt."""
-    engine = Engine.of(loaded, EngineConfig(max_seqs=64, max_queue=1 << 20))
-    rows, asked = [], 0
-    with notes.status("sampling answers"):
-        for sampled in sample_answers(engine, prompts, n=n, keep=keep, max_new=max_new, template=loaded.template,
-                                      sampling=Sampling(temperature=temperature, seed=seed)):
-            asked += 1
-            rows += [with_tools(sampled.prompt, answer) for answer in sampled.answers]
-    say(f"{len(rows):,} of {asked * n:,} answers are kept")
-    return rows
 
 
 def with_tools(prompt: Prompt, answer: Answer) -> dict:

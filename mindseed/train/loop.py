@@ -124,14 +124,12 @@ def record(plan: Fit, values: dict[str, Any]) -> None:
 
 
 def speed(plan: Fit, values: dict[str, float], spent_s: float) -> dict[str, Any]:
-    """Add tokens per second over all ranks, utilisation of the peak, memory and the total of tokens."""
+    """Add tokens per second over all ranks, utilisation of the peak, and memory."""
     out: dict[str, Any] = dict(values)
-    count = out.pop("count")
     rows = plan.run.tokens_per_step
     out["tokens_per_s"] = rows / spent_s
     if plan.flops_per_token and plan.peak_flops:
         out["mfu"] = plan.flops_per_token * rows / spent_s / plan.peak_flops
-    out["supervised"] = int(count)
     out["memory_bytes"] = peak_memory(plan.run.device)
     if getattr(plan.run.backend, "skipped", 0):
         out["skipped"] = plan.run.backend.skipped

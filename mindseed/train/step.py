@@ -45,7 +45,8 @@ def train_step(run: Run) -> dict[str, float]:
         batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
 
     # Divide by what was counted everywhere, so that accumulation and data parallelism change nothing.
-    count = dist.sum_over_ranks(torch.stack([run.objective.count(b) for b in batches]).sum())
+    counts = [torch.stack([run.objective.count(b), (b.weights != 0).sum()]) for b in batches]
+    count, tokens = dist.sum_over_ranks(torch.stack(counts).sum(0))
     if not count:
         raise UserError(f"step {run.step}: no token of the whole batch is supervised; check the data with show-batch")
     scale = dist.world_size() / count             # DDP and FSDP average gradients over ranks
@@ -65,9 +66,9 @@ def train_step(run: Run) -> dict[str, float]:
     for call in ([run.balance] if run.balance else []) + run.after_step:
         means |= call() or {}
     run.step += 1
-    run.tokens += int(count)
+    run.tokens += int(tokens)
     run.tokens_per_step = sum(b.ids.numel() for b in batches) * dist.world_size()
-    return means | {"lr": lr, "grad_norm": grad_norm, "count": count.item()}
+    return means | {"lr": lr, "grad_norm": grad_norm, "supervised": int(tokens)}
 
 
 def check_finite(run: Run, batches: list[Batch], loss: float) -> None:
