@@ -332,6 +332,7 @@ def test_the_step_line_has_a_fixed_order_and_units():
     line = "step 120/2000  loss 3.412  41.2k tok/s  mfu 37.1%  grad 0.82  lr 3.0e-04  mem 11.3 GB"
     assert step_line(120, 2000, values) == line
     assert step_line(1, 2, {"skipped": 3, "loss": 1.0}) == "step 1/2  loss 1.000  skipped 3"
+    assert step_line(1, 2, {"load/0/1": 3, "reward/form": 0.5}, "prompt") == "prompt 1/2  reward/form 0.5"
 
 
 def test_figures():

@@ -109,7 +109,7 @@ def test_preferences_are_pairs_of_conversations(tmp_path):
     texts = [TOKENIZER.decode(documents.get(i)[0].tolist()) for i in range(4)]
     assert ["good" in texts[0], "bad" in texts[1], "yes" in texts[2], "no" in texts[3]] == [True] * 4
     write(tmp_path / "b.jsonl", [*rows, story(1)])
-    with pytest.raises(UserError, match="mixes preference rows"):
+    with pytest.raises(UserError, match="preference rows and others"):
         prepare(tmp_path / "b.jsonl", tmp_path / "out2", TOKENIZER)
 
 

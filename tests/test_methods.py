@@ -172,6 +172,7 @@ def test_the_reference_is_asked_once_or_live_for_the_same_losses(place, tmp_path
     ("distill", {"distill__teacher": "stranger"}, "another vocabulary"),
     ("distill", {"distill__teacher": "nowhere"}, "nowhere"),
     ("adapter", {"lora__targets": "q_proj"}, "q_proj"),
+    ("adapter", {"lora__rank": 4096}, "4 to 64 are usual"),
     ("kto", {"loop__micro_batch": 2}, "cannot be accumulated"),
     ("dpo", {"dpo__beta": 0}, "beta=0"),
     ("sft", {"lora__nf4": "true"}, "give lora.rank as well")])

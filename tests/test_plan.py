@@ -27,7 +27,7 @@ from mindseed.plan.memory import (activation_bytes_per_token, cache_bytes, cache
                                   plan_memory, token_ratio)
 from mindseed.plan.params import adapter_matrices, count_params
 from mindseed.quant.linear import quantize_model
-from mindseed.recipes.options import LoopOptions, ModelOptions, TrainOptions, derive
+from mindseed.recipes.options import DataOptions, LoopOptions, ModelOptions, TrainOptions, derive
 
 # Every size different, so that no two terms of a formula can be swapped unseen.
 SHAPE = Shape(layers=3, dim=48, heads=6, kv_heads=2, head_dim=10, ffn_dim=112)
@@ -359,7 +359,8 @@ def test_what_a_plan_refuses(words, message, capsys):
 
 def test_batch_and_rate_follow_from_the_arithmetic_of_the_run():
     def derived(params: int, world: int = 1, tokens: float | None = None, **loop):
-        options = TrainOptions(model=ModelOptions(start=loop.pop("start", None)), loop=LoopOptions(**loop))
+        options = TrainOptions(model=ModelOptions(start=loop.pop("start", None)), loop=LoopOptions(**loop),
+                               data=DataOptions(seq_len=512))
         some = derive(options, params=params, rows_per_epoch=1000, world=world, tokens=tokens)
         return some.loop.steps, some.loop.batch, some.optim.lr
 

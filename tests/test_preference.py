@@ -399,7 +399,7 @@ def test_judged_answers_keep_their_labels(tmp_path):
     batch = next(RowSource(UnpairedRows(made, seq_len=99, shuffle=False), batch_size=3))
     assert batch.extra["label"].tolist() == [1, 0, 1]
     assert written(tmp_path, [FORMATS["strings"]]).split("train").labels is None
-    with pytest.raises(UserError, match="mixes unpaired rows with others"):
+    with pytest.raises(UserError, match="unpaired rows and others"):
         written(tmp_path, [*rows, {"text": "a story"}])
 
 

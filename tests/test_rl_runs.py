@@ -107,7 +107,20 @@ def test_an_adapter_learns_alone_and_goes_on_to_the_bit(start, tmp_path, algorit
 
 def test_tools_are_carried_out_and_the_log_tells_each_term(start, tmp_path):
     said = finish(rl(start, tmp_path / "run", "--data.tools", reward__result=0.5, loop__sample_every=1, steps=2))
-    assert "result 0" in said and "vowels" in said
+    assert "result 0" in said and "reward/vowels" in said
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_reward(start, tmp_path):
+    finish(rl(start, tmp_path / "run", steps=6, loop__validate_every=1, loop__save_every=1, loop__keep=6))
+    rewards = {step: reward for step, reward in figures(tmp_path / "run", "heldout/reward") if step}
+    best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
+    assert max(rewards.values()) > min(rewards.values())
+    assert rewards[int(best["checkpoint"].split("-")[1])] == max(rewards.values()) == -best["score"]
+
+
+def test_nothing_is_measured_where_nothing_is_to_be(start, tmp_path):
+    finish(rl(start, tmp_path / "run", steps=2, loop__validate_every=0))
+    assert not [row for row in figures(tmp_path / "run", "heldout/reward") if row[1] is not None]
 
 
 def test_an_error_in_a_reward_loses_nothing(start, tmp_path):

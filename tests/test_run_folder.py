@@ -217,6 +217,20 @@ def test_a_longer_row_than_the_model_knows_is_said(go, tmp_path):
     assert "`mindseed extend`" in go(*more, data=False)
 
 
+def test_rows_are_as_long_as_the_start_was_trained_on(go, tmp_path, capsys):
+    """Where nothing is said: no warning of positions that it has never seen, and so when the run goes on."""
+    go("--loop.steps", 2)
+    (tmp_path / "run").rename(tmp_path / "base")
+    more = ["train", "--model.start", tmp_path / "base/model", "--data.train", tmp_path / "texts", "--out",
+            tmp_path / "run", "--loop.batch", 2, "--loop.steps"]
+    assert main([str(word) for word in [*more, 2]]) == 0
+    assert kept(tmp_path / "run").data.seq_len == 32
+    assert main([str(word) for word in [*more, 3, "--resume"]]) == 0
+    said = capsys.readouterr()
+    assert "has never seen" not in said.err and "changed    data" not in said.out
+    assert kept(tmp_path / "run").data.seq_len == 32
+
+
 def test_every_step_is_in_the_log_and_a_run_by_the_clock_takes_its_whole_batch(go, tmp_path):
     go("--loop.minutes", 0.02, "--loop.micro_batch", 2, "--loop.batch", 8)
     loop = kept(tmp_path / "run").loop

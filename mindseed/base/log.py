@@ -45,7 +45,7 @@ def table(title: str, header: list[str], rows: list[list[str]], *, stream: Conso
     """Print a table; the first column is left-aligned, the rest right-aligned as figures want."""
     grid = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        grid.add_column(name, justify="left" if i == 0 else "right")
+        grid.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         grid.add_row(*row)
     (stream or console).print(grid)
@@ -95,12 +95,12 @@ def step_line(step: int, steps: int, values: dict[str, float], unit: str = "step
     that is absent is left out.
 
     `values` may hold loss, tokens_per_s, mfu (a fraction), grad_norm, lr, memory_bytes; others follow by name, but
-    for those of one part of many (load/3/7), which only programs want.
+    for those of one part of many (load/3/7), which only programs want. Terms of a reward (reward/accuracy) are shown.
     """
     parts = [f"{unit} {step}/{steps}"]
     parts += [form(values[name]) for name, form in STEP_FIELDS.items() if values.get(name) is not None]
     parts += [f"{name} {plain(value)}" for name, value in values.items()
-              if name not in STEP_FIELDS and "/" not in name]
+              if name not in STEP_FIELDS and ("/" not in name or name.startswith("reward/"))]
     return "  ".join(parts)
 
 

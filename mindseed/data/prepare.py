@@ -275,7 +275,9 @@ class _Job:
         self._check_budget()
         kinds = [kind for kind, count in self.kinds.items() if count]
         if len(kinds) > 1 and (alone := [kind for kind in APART if kind in kinds]):
-            raise UserError(f"{file} mixes {alone[0]} rows with others; prepare them into folders of their own")
+            others = ", ".join(sorted({*kinds} - {alone[0]}))
+            raise UserError(f"up to {file} there are {alone[0]} rows and others ({others}), which no run learns from "
+                            "together; put rows of one kind into files of their own")
         for split, pieces in encoded.splits.items():
             self.open[split].append(pieces)
             self.supervised[split] += encoded.supervised[split]

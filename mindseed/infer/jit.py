@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from mindseed.base.log import notes
 from mindseed.infer import simd
 
 FLAGS = {"reassoc", "contract", "nsz", "arcp"}    # what LLVM may do with sums; infinities and NaN stay what they are
@@ -47,6 +48,8 @@ def compiled() -> dict[str, Callable]:
     for function in HELPER:
         space[function.__name__] = numba.njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
     folder, before = cache_folder(numba.config.CACHE_DIR), numba.config.CACHE_DIR
+    if notes.is_terminal and not (folder and any(folder.iterdir())):
+        notes.print("compiling the kernels for this machine: a quarter of a minute, once", style="dim")
     numba.config.CACHE_DIR = str(folder or "")
     try:
         entries = {f.__name__: numba.njit(f, nogil=True, cache=folder is not None, **options) for f in ENTRY}

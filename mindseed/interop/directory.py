@@ -153,11 +153,10 @@ def load_directory(folder: Path | str, *, dtype: torch.dtype = torch.float32,
     UserError, naming file and remedy, for whatever is missing, truncated, foreign or does not fit together.
     """
     folder = require_folder(Path(folder))
-    data = read_json(folder / "config.json", {"model_type?": str | None})
+    data, ours = read_files(folder)
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder / 'tokenizer.json'} does not exist; copy it there from where the model comes from, "
                         "or have transformers write it: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)")
-    ours = read_json(folder / "mindseed.json", OURS) if (folder / "mindseed.json").exists() else {}
     family, config = read_config(data, ours, folder)
     tokenizer = load_tokenizer(folder)
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(folder))
@@ -203,6 +202,18 @@ def require_folder(folder: Path) -> Path:
             hint = "; it is a checkpoint, from which its run can go on (--resume) and write a model"
         raise UserError(f"{folder} is not a model directory: it has no config.json{hint}")
     return folder
+
+
+def context_of(folder: Path | str) -> int:
+    """Tokens of the context that a model directory's model was trained on."""
+    folder = require_folder(Path(folder))
+    return read_config(*read_files(folder), folder)[1].seq_len
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json, and mindseed.json if there is one."""
+    data = read_json(folder / "config.json", {"model_type?": str | None})
+    return data, read_json(folder / "mindseed.json", OURS) if (folder / "mindseed.json").exists() else {}
 
 
 def read_config(data: dict[str, Any], ours: dict[str, Any], folder: Path) -> tuple[Family | None, LMConfig]:

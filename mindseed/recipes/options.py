@@ -16,6 +16,7 @@ from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes.machine import choose_device
+from mindseed.interop.directory import context_of
 from mindseed.recipes.model_options import ModelOptions
 from mindseed.recipes.post_options import (DistillOptions, DPOOptions, KTOOptions, LoRAOptions, Method,
                                             RewardModelOptions)
@@ -23,6 +24,7 @@ from mindseed.recipes.post_options import (DistillOptions, DPOOptions, KTOOption
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
 Resume = Literal["never", "newest", "auto"]
 LONGEST = 1 << 24                                 # tokens of a row; more would be a slip of the finger
+ROW = 512                                         # tokens of a row where nothing says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,9 @@ class DataOptions:
                                              "trained on the data]",
                                    elsewhere=("tokenizer_path", "tokenizer_name"))
     vocab_size: int = option(6400, help="size of the tokenizer that is trained when none is given")
-    seq_len: int = option(512, help="tokens per row, the context the model is trained on",
-                          elsewhere=("max_seq_len", "max_length", "max_seq_length", "block_size"))
+    seq_len: int | None = option(None, help="tokens per row, the context the model is trained on [512; less if "
+                                            "model.start was trained on less]",
+                                 elsewhere=("max_seq_len", "max_length", "max_seq_length", "block_size"))
     packing: Literal["best-fit", "sequential", "pad"] = option("best-fit",
                                                                help="how documents share a row; pad: one a row")
     cross_documents: bool = option(False, help="packed documents of a row see each other, as DeepSeek-V3 packs them")
@@ -50,7 +53,7 @@ class DataOptions:
                                  elsewhere=("num_workers", "dataloader_num_workers"))
 
     def __post_init__(self) -> None:
-        if not 1 <= self.seq_len <= LONGEST:
+        if self.seq_len is not None and not 1 <= self.seq_len <= LONGEST:
             raise ValueError(f"seq_len={self.seq_len} must lie between 1 and {LONGEST}")
         if not 0 <= self.fim_rate <= 1 or not 0 <= self.heldout < 1:
             raise ValueError(f"fim_rate={self.fim_rate} and heldout={self.heldout} are shares, between 0 and 1")
@@ -181,6 +184,14 @@ def without_effect(options: TrainOptions) -> list[str]:
     return [f"{name} has no effect: {cause}" for name, cause in causes.items() if cause and name in changed]
 
 
+def with_rows(options: TrainOptions) -> TrainOptions:
+    """Fill in data.seq_len, which everything else needs."""
+    if options.data.seq_len is not None:
+        return options
+    start = options.model.start
+    return replace(options, data=replace(options.data, seq_len=min(ROW, context_of(start)) if start else ROW))
+
+
 def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, world: int = 1,
            tokens: float | None = None) -> TrainOptions:
     """Fill in what is None, except the model's shape. `params` are those that a token meets; `tokens` is how many a run
@@ -191,6 +202,7 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
     small batches and a high rate, a long one on GPUs the other way round. The fit is for 1e17 to 2e19 FLOPs;
     docs/LOG.md says how it does at 1e13. Muon's update is scaled to AdamW's size, so one rate serves both.
     """
+    options = with_rows(options)
     loop, seq_len = options.loop, options.data.seq_len
     micro = loop.micro_batch or max(1, 4096 // seq_len)
     if tokens is None and loop.epochs is not None:

@@ -27,7 +27,7 @@ from mindseed.models.upcycle import upcycled_config
 from mindseed.plan.flops import Flops, flops_per_token
 from mindseed.plan.memory import TrainMemory, cache_bytes, cache_bytes_per_token, plan_memory, token_ratio
 from mindseed.plan.params import Params, adapter_matrices, count_params
-from mindseed.recipes.options import TrainOptions, derive
+from mindseed.recipes.options import TrainOptions, derive, with_rows
 from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
 
 MEMORY_ROWS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimiser state",
@@ -50,6 +50,7 @@ class Options(TrainOptions):
 
 
 def main(options: Options) -> None:
+    options = with_rows(options)
     device = options.gpu.upper() if options.gpu else choose_device(options.device)
     world = options.world or dist.world_size()
     config = model_config(options)

@@ -119,7 +119,8 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
             hooks=[Hook(every=options.loop.validate_every, call=measure(source, heldout),
                         before_first=True),
                    Hook(every=options.loop.sample_every, call=lambda step: shown(source.samples))],
-            sinks=open_run(options, given, resumed) if dist.is_main() else [], score="heldout/error",
+            sinks=open_run(options, given, resumed) if dist.is_main() else [], score="heldout/reward",
+            highest=True,
             peak_flops=dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops))
     return finish(options, loaded, policy, run, run_folder)
 
@@ -245,15 +246,15 @@ def measure(source: Rollout, prompts: Prompts | None):
     def call(step: int) -> dict[str, Any]:
         if prompts is None:
             return {}
-        means = {f"heldout/{name}": value for name, value in source.measure(prompts).items()}
-        return means | {"heldout/error": -means["heldout/reward"]}
+        return {f"heldout/{name}": value for name, value in source.measure(prompts).items()}
 
     return call
 
 
 def shown(samples: list[Sample]) -> dict[str, str]:
-    """Two answers of the last rollout with their rewards, to look at."""
-    picked = sorted(samples, key=lambda s: s.trajectory.reward)[::max(1, len(samples) - 1)][:2]
+    """The worst and the best answer of the last rollout with their rewards, to look at."""
+    ranked = sorted(samples, key=lambda s: s.trajectory.reward)
+    picked = ranked[:1] + [s for s in ranked[:0:-1] if s.text != ranked[0].text][:1]
     return {f"sample {i + 1}": f"{s.prompt.messages[-1]['content']} >>> {s.text}  [" + ", ".join(
         f"{name} {value:g}" for name, value in s.trajectory.terms.items()) + "]" for i, s in enumerate(picked)}
 

@@ -96,6 +96,8 @@ def claim(options: AnyOptions, folder: Path) -> AnyOptions:
             loop = replace(loop, minutes=None, steps=saved.loop.steps)
         if loop.batch is None:
             loop = replace(loop, batch=saved.loop.batch)
+        if options.data.seq_len is None:
+            options = replace(options, data=replace(options.data, seq_len=saved.data.seq_len))
     then, now = saved.model.start, options.model.start
     other = (then and Path(then).resolve()) != (now and Path(now).resolve())
     if other and (then is None or now is None or Path(then).exists()):

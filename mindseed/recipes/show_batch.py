@@ -20,7 +20,7 @@ from mindseed.core import Batch, Tokenizer
 from mindseed.data.loader import PackedSource
 from mindseed.data.pack import Strategy
 from mindseed.data.shards import Prepared
-from mindseed.recipes.options import LONGEST, TrainOptions
+from mindseed.recipes.options import LONGEST, ROW, TrainOptions
 
 BRACKETS = "⟦⟧"
 STYLES = {"learned": "green", "read": "bright_black", "border": "bold cyan", "padding": "bright_black"}
@@ -74,7 +74,7 @@ def settled(options: Options) -> Options:
         folder = entry if (entry / "manifest.json").exists() or not made else made[0]
     elif options.entry:
         raise UserError(f"entry={options.entry} has no effect: {folder} is not the folder of a run")
-    return replace(options, data=str(folder), seq_len=own.data.seq_len if options.seq_len is None else options.seq_len,
+    return replace(options, data=str(folder), seq_len=options.seq_len or own.data.seq_len or ROW,
                    packing=options.packing or own.data.packing,
                    seed=own.seed if options.seed is None else options.seed)
 

@@ -13,6 +13,7 @@ with the same command; what was dropped, and why, stands in a summary beside the
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -344,6 +345,9 @@ def report(out: Path, summary: Path, figures: dict[str, Any], left_out: dict[str
     table("", ["answers", ""], rows)
     say(f"{out}: {figures['kept']:,} conversations of {figures['answered']:,} of {figures['prompts']:,} prompts; "
         f"figures in {summary}")
-    if not figures["kept"]:
+    if figures["kept"]:
+        say(f"\nA smaller model learns from them:\n\n    mindseed train --data.train {shlex.quote(str(out))} "
+            "--model.start DIRECTORY\n")
+    else:
         warn("no answer was worth keeping; look at a few with mindseed generate, or lower what is asked (--graded, "
              "--longest, --max_new)")

@@ -46,7 +46,7 @@ from mindseed.recipes import adapter
 from mindseed.recipes.machine import DTYPES, choose_precision, warn_if_too_big
 from mindseed.recipes.methods import VALUES, equip, learning, measure, require_kind, source_of
 from mindseed.recipes.model_options import MLAOptions, ModelOptions
-from mindseed.recipes.options import TrainOptions, derive, derive_intervals, without_effect
+from mindseed.recipes.options import TrainOptions, derive, derive_intervals, with_rows, without_effect
 from mindseed.recipes.run_folder import (alone_in_its_folder, begun, carried_out, open_run, options_of_run,
                                          resolved, say_changes)
 from mindseed.recipes.training_data import Data, open_data
@@ -74,6 +74,7 @@ def train(options: TrainOptions, device: torch.device) -> Path:
 def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, device: torch.device) -> Path:
     for line in without_effect(given) if dist.is_main() else []:
         warn(line)
+    options = with_rows(options)
     check_early(options)
     data = open_data(options, run_folder)
     model, parent = open_model(options, data.tokenizer, device)
@@ -177,7 +178,8 @@ def check_early(options: TrainOptions) -> None:
     for entry in options.data.train:
         if not any((Path(entry) / name).exists() for name in ("manifest.json", ".parts")):
             with contextlib.suppress(StopIteration):
-                require_kind(kind_of(next(read_rows([entry], bad=lambda *_: None)).row), entry, options.method)
+                require_kind(kind_of(next(read_rows([entry], bad=lambda *_: None)).row), f"the first row of {entry}",
+                             options.method)
 
 
 def open_model(options: TrainOptions, tokenizer: Any, device: torch.device) -> tuple[LM, Loaded | None]:

@@ -4,8 +4,9 @@
 
 So reinforcement learning is the same training step as ever, with another source. Whenever its batches are used up, the
 source lets the policy, as it is by now, answer some prompts, has the answers judged, and cuts what comes of it into the
-minibatches of the next steps. Groups whose rewards are all equal are left out, under every algorithm, and the loss is
-the mean over what is left: a step does not shrink as the policy gets better. Those groups feel no divergence either.
+minibatches of the next steps. Groups whose rewards are all equal are left out, unless a critic says what was to be
+expected (PPO), and the loss is the mean over what is left: a step does not shrink as the policy gets better. Those
+groups feel no divergence either.
 
 Every rank plays its share of the prompts and then knows all trajectories, which are small; so groups, means and
 deviations are those of the whole batch, two ranks do what one does, and the state is the same everywhere: how many

@@ -46,7 +46,8 @@ class Fit:
     sinks: list[Sink] = field(default_factory=list)
     flops_per_token: float = 0.0                  # forward and backward, for model FLOPs utilisation
     peak_flops: float = 0.0                       # of all devices together
-    score: str = "bits_per_byte"                  # the logged value by which the best checkpoint is chosen
+    score: str = "bits_per_byte"                  # the logged value by which the best checkpoint is chosen,
+    highest: bool = False                         # where it is lowest, or highest
     last: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,7 +63,7 @@ def fit(plan: Fit) -> dict[str, Any]:
     run, began = plan.run, time.monotonic()
     with Signals() as signals, StepBar(plan.steps, start=run.step, enabled=dist.is_main()) as bar:
         if run.step == 0:
-            record(plan, run_hooks(plan, bar, [h for h in plan.hooks if h.before_first]))
+            record(plan, run_hooks(plan, bar, [h for h in plan.hooks if h.every and h.before_first]))
         while run.step < plan.steps:
             start = time.monotonic()
             try:
@@ -83,7 +84,8 @@ def fit(plan: Fit) -> dict[str, Any]:
             record(plan, values)
             stop = dist.any_rank(signals.received, run.device)
             if plan.checkpoints and (done or stop or plan.save_every and run.step % plan.save_every == 0):
-                path = plan.checkpoints.save(run, plan.ema, score=values.get(plan.score))
+                score = values.get(plan.score)
+                path = plan.checkpoints.save(run, plan.ema, score=-score if score and plan.highest else score)
                 if stop and not done:
                     raise Interrupted(f"stopped after step {run.step} of {plan.steps}; saved {path}")
     return plan.last
@@ -139,8 +141,10 @@ def speed(plan: Fit, values: dict[str, float], spent_s: float) -> dict[str, Any]
 def stop_message(plan: Fit, error: NonFinite) -> str:
     newest = plan.checkpoints.found()[-1:] if plan.checkpoints else []
     kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint had been written"
-    return (f"step {plan.run.step}: {error}.\nNothing was updated; {kept}. Lower optim.lr, look at the samples with "
-            "show-batch, or train in fp32 to see where it starts.")
+    wide = getattr(plan.run.backend, "precision", "") == "fp32"
+    return (f"step {plan.run.step}: {error}.\nNothing was updated; {kept}"
+            + (", from which --resume goes on" if newest else "") + ". Lower optim.lr, or look at the samples with "
+            "show-batch" + ("." if wide else "; loop.precision=fp32 shows whether it is the precision."))
 
 
 class Signals:
