@@ -227,7 +227,7 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
     if steps is None and tokens is not None:
         steps = max(1, math.ceil(tokens / (batch * seq_len)))
     if lr is None and steps is not None:
-        share = 1 if options.model.start is None else SHARE[options.method] * (5 if options.lora.rank else 1)
+        share = 1 if options.model.start is None else SHARE[options.method] * (2 if options.lora.rank else 1)
         lr = peak_rate(params, steps * batch * seq_len, share=share)
     return replace(options, optim=replace(options.optim, lr=lr), loop=replace(
         loop, batch=batch, micro_batch=micro, steps=steps, epochs=None if steps is not None else loop.epochs,
