@@ -136,6 +136,19 @@ def test_the_adapter_alone_and_the_merged_model_are_the_same(place, tmp_path):
     assert plain["logps"] != pytest.approx(merged["logps"], abs=1e-3)
 
 
+def test_what_was_forgotten_is_measured_and_nothing_of_it_is_learnt(place, tmp_path):
+    more = {"lora__rank": 4, "optim__lr": 0.05, "steps": 4, "loop__validate_every": 2}
+    finish(command(place, tmp_path / "plain", "sft", **more))
+    said = finish(command(place, tmp_path / "run", "sft", **more, data__remember=place / "pairs.jsonl"), code=2)
+    assert "preference" in said and "--method dpo" in said
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "the {i}th of them"}}\n' for i in range(30)))
+    said = finish(command(place, tmp_path / "run", "sft", **more, data__remember=tmp_path / "texts.jsonl"))
+    assert "remembered, bits per byte" in said and "forgotten" in said
+    bits = [row["remembered/texts"] for row in log(tmp_path / "run") if "remembered/texts" in row]
+    assert len(bits) == 3 and len({round(b, 4) for b in bits}) == 3              # before, after 2 steps, after 4
+    assert [row.get("loss") for row in log(tmp_path / "run")] == [row.get("loss") for row in log(tmp_path / "plain")]
+
+
 def test_an_adapter_of_a_packed_base_is_refused_on_another(place, tmp_path):
     finish(command(place, tmp_path / "run", "adapter in 4 bits", steps=2))
     assert load_adapter(load_directory(place / "model").model, tmp_path / "run/adapter")

@@ -47,6 +47,8 @@ class DataOptions:
     cross_documents: bool = option(False, help="packed documents of a row see each other, as DeepSeek-V3 packs them")
     fim_rate: float = option(0.0, help="share of the texts told with their middle last (fill in the middle)")
     heldout: float = option(0.01, help="share of the documents kept apart for validation, chosen by their hash")
+    remember: tuple[str, ...] = option((), help="rows of what model.start can do already: its loss on them is measured "
+                                                "before, on the way and after, so that it shows what was forgotten")
     max_skipped: float = option(0.01,
                                 help="bad lines put up with: below 1 a share (at least 10 lines), else a number")
     workers: int | None = option(None, help="processes that tokenise [derived: one per core]",
@@ -171,6 +173,7 @@ def without_effect(options: TrainOptions) -> list[str]:
         "schedule.final": "schedule.kind is constant" if schedule.kind == "constant" else None,
         "loop.tokens_per_param": f"loop.{long} says how long to train" if long else None,
         "loop.validate_documents": "loop.validate_every is 0" if loop.validate_every == 0 else None,
+        "data.remember": "loop.validate_every is 0" if loop.validate_every == 0 else None,
         "data.vocab_size": tokenizer,
         **dict.fromkeys(("data.heldout", "data.fim_rate", "data.max_skipped"), "the data are prepared already"
                         if prepared else None)}

@@ -259,7 +259,24 @@ def validation(options: TrainOptions, backend: NativeBackend, objective: Objecti
                 bits, total = bits + result["bits_per_byte"] * documents.bytes, total + documents.bytes
         return {"bits_per_byte": bits / total, **values} if total else {}
 
-    return bits if options.method == "sft" else judged
+    def remembered(step: int) -> dict[str, Any]:
+        with ema.applied() if ema and step else contextlib.nullcontext():
+            return {f"remembered/{name}": evaluate(backend, rows, raw_bytes=rows.bytes)["bits_per_byte"]
+                    for name, rows in data.remembered.items()}
+
+    asked = bits if options.method == "sft" else judged
+    return lambda step: asked(step) | remembered(step)
+
+
+def forgotten(log: Path) -> None:
+    """A table of what data.remember asked for: bits per byte before the first step and after the last."""
+    rows = [row for row in read_jsonl(log) if any(key.startswith("remembered/") for key in row)]
+    if not rows:
+        return
+    first, last = rows[0], rows[-1]
+    table("remembered, bits per byte", ["rows", f"step {first['step']}", f"step {last['step']}", "forgotten"],
+          [[key.partition("/")[2], f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}"]
+           for key in last if key.startswith("remembered/") and key in first])
 
 
 def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 48):
@@ -335,6 +352,7 @@ def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data,
     """Write the model directory, with the averaged weights if there are any."""
     out = folder / "model"
     if dist.is_main():
+        forgotten(folder / "log.jsonl")
         if backend.skipped > run.step / 10:
             warn(f"{backend.skipped} of {run.step} steps were left out because fp16 overflowed; lower optim.lr, or use "
                  "bf16 or fp32")

@@ -5,14 +5,14 @@ The tokenizer is the start model's, or the one that is named, or a prepared fold
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import read_json, write_json
-from mindseed.data.loader import Once, Rows
+from mindseed.data.loader import Evaluation, Once, Rows
 from mindseed.data.mix import BLOCK, Mixture
 from mindseed.data.readers import expand
 from mindseed.data.shards import Prepared
@@ -27,6 +27,9 @@ from mindseed.tokenizers.hf_json import load_tokenizer
 from mindseed.tokenizers.template import Template, foreign, read_template
 
 
+REMEMBERED = 200                                  # rows of an entry of data.remember that are measured
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """What the run reads: an endless stream of packed rows, and held-out rows by the name of their entry."""
@@ -37,6 +40,7 @@ class Data:
     entries: list[Prepared]
     names: list[str]
     heldout: dict[str, Any]
+    remembered: dict[str, Evaluation] = field(default_factory=dict)               # of data.remember
 
 
 def open_data(options: TrainOptions, run_folder: Path) -> Data:
@@ -68,7 +72,26 @@ def open_data(options: TrainOptions, run_folder: Path) -> Data:
     rows = parts[0] if len(parts) == 1 else Mixture(list(zip(parts, weights)), seed=options.seed, names=names)
     heldout = {name: measured for name, entry in zip(names, entries)
                if len(entry.split("heldout")) and (measured := heldout_of(entry, options)) is not None}
-    return Data(tokenizer=tokenizer, template=template, rows=rows, entries=entries, names=names, heldout=heldout)
+    return Data(tokenizer=tokenizer, template=template, rows=rows, entries=entries, names=names, heldout=heldout,
+                remembered=open_remembered(options, where, run_folder))
+
+
+def open_remembered(options: TrainOptions, where: Path, run_folder: Path) -> dict[str, Evaluation]:
+    """What is measured and not learnt from: up to REMEMBERED rows of each entry of data.remember."""
+    bare = replace(options, data=replace(options.data, heldout=0.0, fim_rate=0.0))
+    folders = [prepare_entry(entry, f"remember-{i}", bare, where, run_folder)
+               for i, entry in enumerate(options.data.remember)]
+    dist.barrier()
+    found: dict[str, Evaluation] = {}
+    for entry, folder in zip(options.data.remember, folders):
+        prepared = Prepared(folder, tokenizer=load_tokenizer(where))
+        require_kind(prepared.kind, entry, "sft")
+        name = Path(entry).name.split(".")[0] or "data"
+        split = "train" if not len(prepared.split("heldout")) else "heldout"
+        found[name if name not in found else f"{len(found)}-{name}"] = Evaluation(
+            prepared.split(split), seq_len=options.data.seq_len, batch_size=max(1, 4096 // options.data.seq_len),
+            limit=REMEMBERED)
+    return found
 
 
 def open_steps(options: TrainOptions, where: Path) -> Data:
@@ -108,7 +131,7 @@ def choose_tokenizer(options: TrainOptions, run_folder: Path) -> Path:
     return own
 
 
-def prepare_entry(entry: str, index: int, options: TrainOptions, tokenizer: Path, run_folder: Path) -> Path:
+def prepare_entry(entry: str, index: int | str, options: TrainOptions, tokenizer: Path, run_folder: Path) -> Path:
     """The prepared folder of one entry of data.train; rank 0 makes it if the entry is raw."""
     path = Path(entry)
     if (path / "manifest.json").exists() or (path / ".parts").exists():
