@@ -24,7 +24,7 @@ import torch
 from benchmarks.common import report
 from benchmarks.post_data import CARELESS, SMALL, write_data
 from benchmarks.post_figures import exact, kept, nearness, open_model, preferred
-from mindseed.base.files import read_json, write_json
+from mindseed.base.files import read_json, write_json, write_text
 from mindseed.base.log import say
 from mindseed.data.toy import World, write_world
 from mindseed.optim.groups import OptimConfig
@@ -51,6 +51,7 @@ class Seed:
             "pretrain": lambda: demo.pretraining(self.grown, self.folder),
             "start": lambda: self.chat("start", "pretrain", "careless"),
             "dpo": lambda: self.pairs("dpo", 120, 1.5e-4, dpo=DPOOptions(beta=0.5, sft=0.5)),
+            "chosen": self.chosen,
             "reward": lambda: self.pairs("reward", 450, 2e-3, kind="muon"),
             "grpo": lambda: self.reinforced("grpo", 60, 3e-4),
             "ppo": lambda: self.reinforced("ppo", 60, 3e-4, policy=PolicyOptions(kl=0.01, kl_in="reward")),
@@ -90,6 +91,19 @@ class Seed:
             optim=OptimConfig(lr=lr, kind=kind, weight_decay=0.0),
             schedule=ScheduleConfig(kind="linear", warmup_steps=5),
             loop=LoopOptions(steps=steps, batch=32, micro_batch=16, sample_every=0, validate_every=0), **more)
+
+    def chosen(self) -> TrainOptions:
+        """Fine-tuning on as many chosen answers as DPO sees, once: what those alone teach."""
+        write_text(self.folder / "world" / "chosen.jsonl", "".join(
+            json.dumps({"conversations": row["chosen"]}, ensure_ascii=False) + "\n" for row in (
+                json.loads(line) for line in (self.folder / "world/pairs.jsonl").read_text().splitlines()[:120 * 32])))
+        return TrainOptions(
+            out=str(self.folder / "chosen"), resume="auto", seed=self.seed, device="cpu",
+            model=ModelOptions(start=self.path("start")),
+            data=DataOptions(train=self.files("chosen"), seq_len=demo.CONTEXT, heldout=0.0),
+            optim=OptimConfig(lr=1e-3, kind="adamw", weight_decay=0.0),
+            schedule=ScheduleConfig(kind="linear", warmup_steps=5),
+            loop=LoopOptions(epochs=1, batch=4, sample_every=0, validate_every=0))
 
     def reinforced(self, algorithm: Any, steps: int, lr: float, **more: Any) -> RLOptions:
         """GRPO or PPO on the world's problems, which are of the training side of its border."""
@@ -196,7 +210,7 @@ class Seed:
             loaded = open_model(self.model(name))
             found = {} if name == "reward" else exact(loaded, self.world)
             found |= {"tokens": spent(self.folder / name) / self.learnt()} if name == "alone" else {}
-            found |= preferred(loaded, self.world) if name in ("start", "dpo", "reward") else {}
+            found |= preferred(loaded, self.world) if name in ("start", "dpo", "chosen", "reward") else {}
             found |= kept(loaded, self.folder) if name in ("start", *DOMAIN) else {}
         write_json(path, found)
         return found
@@ -214,8 +228,8 @@ def spent(folder: Path) -> float:
 
 DOMAIN = {"full": "everything, rate 1e-3", "full-slow": "everything, 5e-4", "lora": "LoRA, 2.5e-3",
           "lora-slow": "LoRA, 1.25e-3"}
-STAGES = ("start", "dpo", "reward", "grpo", "ppo", "tuned", "distilled", "full", "full-slow", "lora", "lora-slow",
-          "r1", "zero", "alone")
+STAGES = ("start", "dpo", "chosen", "reward", "grpo", "ppo", "tuned", "distilled", "full", "full-slow", "lora",
+          "lora-slow", "r1", "zero", "alone")
 
 
 def main() -> None:
@@ -241,10 +255,13 @@ def write_tables(found: dict[str, list[dict[str, float]]]) -> None:
     table("preferences", "Preferences and rewards, embedded world",
           ["model", "held-out questions right, %", "unseen pairs the right way round, %"],
           [[name, told(found[name], "exact"), told(found[name], "pairs")]
-           for name in ("start", "dpo", "reward", "grpo", "ppo")],
+           for name in ("start", "dpo", "chosen", "reward", "grpo", "ppo")],
           f"`start` is fine-tuned on conversations of which {CARELESS:.0%} of the answers are given three times over; "
-          "all others begin with it. GRPO draws 30 rollouts of 256 answers, PPO 15, each for 60 optimiser steps. A "
-          "pair is the right way round if the chosen answer is likelier per token, or better rewarded.")
+          "all others begin with it. DPO sees 3,840 pairs once, with half of the chosen answers' own loss beside its "
+          "own; `chosen` is fine-tuned on as many chosen answers alone, 1e-3. GRPO draws 30 rollouts of 256 answers, "
+          "PPO 15, each for 60 optimiser steps. A "
+          "pair is the right way round if the chosen answer is likelier per token; of the reward model, better "
+          "rewarded, which is another measure.")
     table("distillation", "A teacher for a model of half the size, embedded world",
           ["student", "KL(teacher, student), nats", "same likeliest token, %"],
           [[name, told(found[name], "kl", 3), told(found[name], "agreed")] for name in ("tuned", "distilled")],
@@ -267,7 +284,8 @@ def write_tables(found: dict[str, list[dict[str, float]]]) -> None:
           + [["fine-tuning alone, as many tokens", told(found["alone"], "exact")],
              ["sums, plain text: base", told(found["zero"], "base")],
              ["sums, plain text: reinforcement on the base (zero)", told(found["zero"], "rl")]],
-          "configs/r1-toy.toml on the careless conversations, its student the small model of above. Fine-tuning "
+          "configs/r1-toy.toml on the careless conversations; its student, 300 steps, is the small model of above. "
+          "Rewards and rejection know the right answers of the training problems. Fine-tuning "
           "alone learns from as many tokens of answers as all stages up to `rl-again` together "
           f"({told(found['alone'], 'tokens', 2)} of them). Below, "
           "configs/r1-zero-toy.toml measured on sums of two numbers that no row holds.")

@@ -158,7 +158,8 @@ class Objective(Protocol):
     """What is minimised. It never sees the model, only its output, so that no algorithm can bypass a wrapper.
 
     `prepare` runs without gradients and may attach reference, teacher or old-policy quantities to `Batch.extra`.
-    `loss` returns SUMS over the units that `count` counts; the loop divides once, by the global count.
+    `loss` returns SUMS over the units that `count` counts; the loop divides once, by the global count. Metrics beside
+    the loss are such sums too, or with an attribute `of_tokens = True` sums over tokens, whatever the loss counts.
     """
 
     splittable: bool                              # False if micro-batches must not be cut apart (contrastive losses)

@@ -15,6 +15,8 @@ from mindseed.data.toy import World
 from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.lm import build
 from mindseed.models.presets import Shape
+from mindseed.recipes.options import DataOptions, LoopOptions, TrainOptions, without_effect
+from mindseed.recipes.post_options import DistillOptions, DPOOptions
 from mindseed.tokenizers import bpe_train
 from tests.test_runs import finish, kill_after, mindseed
 
@@ -233,3 +235,20 @@ def test_an_adapter_needs_a_base_and_preferences_are_missed_by_random_weights(pl
     assert "give --model.start DIR" in said
     said = finish(without_start(command(place, tmp_path / "other", "reward", steps=1, model__layers=1, model__dim=32)))
     assert "without --model.start" in said and "--model.reward" in said
+
+
+@pytest.mark.parametrize("more, name", [
+    ({"method": "dpo", "dpo": DPOOptions(kind="simpo", reference="x")}, "dpo.reference"),
+    ({"method": "distill", "distill": DistillOptions(beta=0.3)}, "distill.beta"),
+    ({"method": "distill", "distill": DistillOptions(layers=(1,))}, "distill.layers"),
+    ({"method": "distill", "distill": DistillOptions(related=1)}, "distill.related"),
+    ({"method": "distill", "distill": DistillOptions(max_new=9)}, "distill.max_new"),
+    ({"data": DataOptions(remember=("x",)), "loop": LoopOptions(validate_every=0)}, "data.remember")])
+def test_options_of_a_method_that_are_idle_are_named(more, name):
+    assert [line.split()[0] for line in without_effect(TrainOptions(**more))] == [name]
+
+
+def test_margins_have_the_usual_settings_of_their_papers():
+    usual = [DPOOptions(kind=kind).objective() for kind in ("dpo", "ipo", "simpo")]
+    assert [(o.beta, o.target_margin) for o in usual] == [(0.1, 0.0), (1.0, 0.0), (2.0, 1.0)]
+    assert DPOOptions(kind="simpo", beta=0.5, target_margin=0.0).objective().target_margin == 0

@@ -4,18 +4,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mindseed.base.errors import UserError
+from mindseed.base.files import locked
 from mindseed.interop.directory import load_directory, save_directory
 from mindseed.models.lm import build
 from mindseed.models.presets import Shape
 from mindseed.recipes import r1
 from mindseed.recipes.model_options import ModelOptions
+from mindseed.rl.rollout import hopeless
+from mindseed.rl.trajectory import Trajectory
 from mindseed.tasks.verify import thought_first
 from mindseed.tokenizers import bpe_train
 from mindseed.train.loop import Interrupted
@@ -104,13 +107,21 @@ def test_a_stage_is_made_anew_with_other_options(ran, tmp_path, capsys):
     """And nothing before it is touched."""
     out = tmp_path / "run"
     shutil.copytree(ran.out, out)
-    kept = {file: file.stat().st_mtime_ns for name in r1.STAGES[:-1] for file in (out / name).rglob("*.safetensors")}
+    kept = {file: file.stat().st_mtime_ns for name in r1.STAGES[:4] for file in (out / name).rglob("*.safetensors")}
     other = replace(ran, out=str(out), small=replace(ran.small, steps=3))
     with pytest.raises(UserError, match="other options: samples was 2, is 3"):             # of an earlier stage
         r1.main(replace(other, samples=3, redo="student"))
-    shutil.copytree(ran.out, out, dirs_exist_ok=True)
-    assert r1.main(replace(other, redo="student")) == 0
-    assert "thrown away: student" in capsys.readouterr().out
+    with pytest.raises(UserError, match="after --until rl"):
+        r1.main(replace(other, until="rl", redo="student"))
+    assert (out / "student/model").exists() and (out / "summary.json").read_bytes() == (
+        Path(ran.out) / "summary.json").read_bytes()
+    capsys.readouterr()
+    assert r1.main(replace(other, redo="rl-again", until="rl-again")) == 0
+    assert list(stages(other)) == list(stages(ran))[:-1] and not (out / "student").exists()
+    assert r1.main(other) == 0
+    said = capsys.readouterr().out
+    assert "thrown away: rl-again, student" in said and all(
+        re.search(rf"^{name}: .*% right", said, re.M) for name in ("rl-again", "student"))
     assert list(stages(other)) == list(stages(ran))
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert len((out / "student/log.jsonl").read_text().splitlines()) == 3
@@ -121,7 +132,7 @@ def test_a_stage_is_made_anew_with_other_options(ran, tmp_path, capsys):
 def test_a_pipeline_goes_on_under_a_version_with_more_options(ran):
     path = Path(ran.out) / "summary.json"
     summary = json.loads(path.read_text())
-    del summary["options"]["data"]["plain"], summary["options"]["tag_weight"]
+    del summary["options"]["data.plain"], summary["options"]["tag_weight"]
     path.write_text(json.dumps(summary))
     summary["options"]["gone"] = {"of an older version": 1}
     path.write_text(json.dumps(summary))
@@ -130,6 +141,54 @@ def test_a_pipeline_goes_on_under_a_version_with_more_options(ran):
     summary["options"]["tag_weight"] = 2.0
     path.write_text(json.dumps(summary))
     assert r1.main(ran) == 0
+
+
+def test_another_length_of_graded_answers_grades_all_stages_again(ran, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(ran.out, out)
+    other = replace(ran, out=str(out), until="rl-again", redo="rl-again", second=replace(ran.second, max_new=2))
+    assert r1.main(other) == 0
+    assert max(stage["tokens"] for stage in stages(other).values()) <= 2
+    assert list(stages(other)) == list(stages(ran))[:-1]
+
+
+def test_what_was_read_is_known_by_its_contents(ran, tmp_path):
+    out, heldout, problems = tmp_path / "run", tmp_path / "heldout.jsonl", tmp_path / "problems.jsonl"
+    for path, rows in ((heldout, [problem(i) for i in range(4)]), (problems, [problem(i) for i in range(8)])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    here = replace(ran, out=str(out), zero=True, base=str(Path(ran.out) / "cold-start/model"),
+                   first=replace(ran.first, steps=1), data=replace(ran.data, heldout=(str(heldout),),
+                                                                   problems=(str(problems),)))
+    assert r1.main(here) == 0
+    heldout.write_text(json.dumps(problem(5)) + "\n")
+    assert r1.main(here) == 0                      # graded again
+    assert all(row["right"] in (0, 100) for row in stages(here).values())
+    problems.write_text(json.dumps(problem(5)) + "\n")
+    with pytest.raises(UserError, match="data.problems was .*--redo rl"):
+        r1.main(here)
+
+
+def test_problems_of_other_families_are_taken_anew_after_a_start_that_failed(ran, tmp_path):
+    """Nothing of the first try is left to be learnt from."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps(problem(i) | {"family": "ab"[i % 2]}) + "\n" for i in range(20)))
+    here = replace(ran, out=str(tmp_path / "run"), data=replace(ran.data, problems=(str(problems),)))
+    for family in "ab":
+        pipeline = r1.Pipeline(replace(here, data=replace(here.data, families=(family,))), torch.device("cpu"))
+        (some,) = pipeline.problems_of_first()
+        assert {json.loads(line)["family"] for line in Path(some).read_text().splitlines()} == {family}
+
+
+def test_advice_names_options_that_there_are():
+    said = hopeless(3, [Trajectory(ids=[1], mine=[True])], False)
+    named = re.findall(r"first\.(\w+)", r1.in_section(said, "first"))
+    assert named and "rollout." not in r1.in_section(said, "first")
+    assert set(named) <= {f.name for f in fields(r1.ReinforceOptions)}
+
+
+def test_two_at_once_in_one_folder_are_refused(ran):
+    with locked(Path(ran.out) / ".lock"), pytest.raises(UserError, match="another process"):
+        r1.main(ran)
 
 
 def test_zero_begins_with_the_base(ran, tmp_path):
@@ -167,6 +226,13 @@ def test_interrupted_is_told_and_goes_on(options, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("change, says", [
     (lambda o: replace(o, base=None), "which base model"),
+    (lambda o: replace(o, samples=0), "samples=0"),
+    (lambda o: replace(o, data=replace(o.data, trace_limit=0)), "trace_limit=0"),
+    (lambda o: replace(o, cold=replace(o.cold, steps=0)), "cold: .*steps=0"),
+    (lambda o: replace(o, small=replace(o.small, lr=-1.0)), "small: .*lr"),
+    (lambda o: replace(o, second=replace(o.second, answers=1)), "second: .*second.answers=1"),
+    (lambda o: replace(o, first=replace(o.first, steps=0)), "first: .*steps=0"),
+    (lambda o: replace(o, seed=-1), "seed=-1"),
     (lambda o: replace(o, data=replace(o.data, heldout=())), "data.heldout is empty"),
     (lambda o: replace(o, data=replace(o.data, traces=())), "data.traces is empty"),
     (lambda o: replace(o, data=replace(o.data, traces=(o.data.general[0].replace("general", "plain"),))),

@@ -373,6 +373,7 @@ def test_a_bad_reward_names_itself_and_the_sample(tmp_path, name, says):
     with pytest.raises(UserError) as error:
         next(source)
     assert says in str(error.value) and repr(name) in str(error.value) and "for the answer" in str(error.value)
+    assert source.drawn == 0                       # these prompts are asked again by a run that goes on
     assert function(1.0, f"{file}:fine", timeout_s=1.0).call([]) == []
 
 

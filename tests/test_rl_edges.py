@@ -16,11 +16,12 @@ from mindseed.infer.rows import Completion
 from mindseed.models.lm import build
 from mindseed.objectives.grpo import divergence
 from mindseed.objectives.sft import SFT
-from mindseed.recipes.rl import open_prompts
+from mindseed.optim.groups import OptimConfig
+from mindseed.recipes.rl import judged_by, open_prompts
 from mindseed.recipes.rl_options import (PolicyOptions, PromptOptions, RewardOptions, RLOptions, SamplingOptions,
                                          StartOptions, derive, without_effect)
 from mindseed.rl.env import Play, SingleTurn, ToolUse, answered, play, say
-from mindseed.rl.prompts import Prompt, Prompts
+from mindseed.rl.prompts import Prompt, Prompts, prompt_of
 from mindseed.rl.rejection import seed_of
 from mindseed.rl.reward import Judge, Sample, Term, each, function, used_result
 from mindseed.rl.rollout import Advantage, RolloutConfig
@@ -158,7 +159,7 @@ def test_all_answers_cut_is_told_as_that():
         next(source)
 
 
-@pytest.mark.parametrize("change", ["kl", "temperature"])
+@pytest.mark.parametrize("change", ["kl", "temperature", "reward"])
 def test_answers_drawn_under_other_settings_are_thrown_away_on_resuming(change, capsys):
     run = learner(options_for("grpo", minibatches=3))
     train_step(run)
@@ -169,6 +170,8 @@ def test_answers_drawn_under_other_settings_are_thrown_away_on_resuming(change, 
     if change == "temperature":
         options = replace(options, rollout=replace(options.rollout, temperature=0.7))
     other = learner(options)
+    if change == "reward":
+        other.source.told = {"function": "another.py:one"}
     other.source.load_state_dict(state)
     assert not other.source.queue and "are thrown away" in capsys.readouterr().err
     for _ in range(2):
@@ -213,7 +216,10 @@ def test_impossible_settings_are_told(more, says):
     ({"reward": RewardOptions(format=0.0, form="think")}, "reward.form"),
     ({"algorithm": "rloo", "policy": PolicyOptions(scale="group")}, "policy.scale"),
     ({"algorithm": "cispo", "policy": PolicyOptions(clip_low=0.1)}, "policy.clip_low"),
-    ({"rollout": SamplingOptions(turns=3)}, "rollout.turns")])
+    ({"rollout": SamplingOptions(turns=3)}, "rollout.turns"),
+    ({"algorithm": "ppo", "rollout": SamplingOptions(dynamic=3)}, "rollout.dynamic"),
+    ({"reward": RewardOptions(result=0.5)}, "reward.result"),
+    ({"optim": OptimConfig(kind="adamw", momentum=0.5)}, "optim.momentum")])
 def test_options_without_effect_are_told(more, option):
     assert any(line.startswith(option + " has no effect") for line in without_effect(RLOptions(**more)))
 
@@ -224,6 +230,28 @@ def test_options_with_effect_are_not(more):
     assert not without_effect(RLOptions(**more))
 
 
+
+
+def test_what_rewards_and_references_are_is_part_of_a_checkpoint(tmp_path):
+    """So that answers which another reward judged are not learnt from."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def good(row, answer): return 1.0")
+    usual = RLOptions(model=StartOptions(start="base"), reward=RewardOptions(function=f"{mine}:good"))
+    told = judged_by(usual)
+    for other in (replace(usual, reward=replace(usual.reward, format=0.3)),
+                  replace(usual, model=replace(usual.model, reward="judge")),
+                  replace(usual, policy=PolicyOptions(kl=0.1))):
+        assert judged_by(other) != told
+    mine.write_text("def good(row, answer): return -1.0")
+    assert judged_by(usual) != told
+
+
+@pytest.mark.parametrize("last", [[{"role": "assistant", "content": ""}], [{"role": "assistant", "content": None}], [],
+                                  [{"role": "assistant", "content": "4"}, {"role": "assistant", "content": ""}]])
+def test_the_last_answer_is_left_out_of_a_prompt_and_may_be_empty(last):
+    turns = [{"role": "user", "content": "2+2?"}, *last]
+    for row in ({"conversations": turns}, {"prompt": turns}, {"messages": turns, "answer": "4"}):
+        assert [m["content"] for m in prompt_of(row).messages] == ["2+2?"]
 
 
 def test_what_is_measured_on_is_spread_over_a_sorted_file(tmp_path):

@@ -23,13 +23,12 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic
-from mindseed.base.log import notes
+from mindseed.base.log import StepBar
 from mindseed.core import Output
 from mindseed.data.loader import Arrays, in_epochs
 from mindseed.data.shards import Documents
@@ -263,16 +262,15 @@ def reference_logps(rows: TwoDocuments, model: nn.Module | Callable[[Tensor, Ten
     order = rows.numbers[np.argsort(-rows.slots(rows.numbers), kind="stable")]
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     mine = batches[dist.rank()::dist.world_size()]
-    columns = TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn()
     training = module is not None and module.training
     logps = np.full((rows.count, 2), np.nan, np.float32)
     try:
         if module:
             module.eval()
-        with Progress(*columns, console=notes, transient=True,
-                      disable=not (notes.is_terminal and dist.is_main())) as bar:
-            for numbers in bar.track(mine, description="reference"):
+        with StepBar(len(mine), enabled=dist.is_main(), unit="batch asked of the reference") as bar:
+            for i, numbers in enumerate(mine):
                 logps[numbers] = of_rows(rows, numbers, model, torch.device(device), autocast)
+                bar.update(i + 1, {})
     finally:
         if module:
             module.train(training)

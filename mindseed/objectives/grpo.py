@@ -51,6 +51,7 @@ class GRPO:
     temperature: float = 1.0
     correction: float = 0.0
     splittable = True
+    of_tokens = True                              # metrics are sums over tokens, also where losses are of answers
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low <= 1 or self.clip_high <= 0:
@@ -103,9 +104,7 @@ class GRPO:
             metrics[name] = value[counted]
             losses = losses + metrics[name]
         share = self.shares(answer, lengths, batch.weights[counted].to(logps.dtype))
-        # Metrics are means over tokens; the loop divides all sums by `count`.
-        each = self.count(batch) / max(len(logps), 1)
-        return (losses * share).sum(), {name: (x.detach() * each).sum() for name, x in metrics.items()}
+        return (losses * share).sum(), {name: x.detach().sum() for name, x in metrics.items()}
 
     def shares(self, answer: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
         """What every token counts, (n,), in units of what `count` counts."""

@@ -23,7 +23,7 @@ from mindseed.data.preference import PairRows, TwoDocuments, UnpairedRows, finge
 from mindseed.data.prefetch import Prefetch
 from mindseed.data.shards import Documents, Prepared
 from mindseed.infer.engine import Engine, EngineConfig
-from mindseed.interop.directory import Loaded, load_directory
+from mindseed.interop.directory import Loaded, context_of, load_directory
 from mindseed.models.heads import add_value_head
 from mindseed.models.lm import LM
 from mindseed.objectives.kto import KTO
@@ -201,8 +201,8 @@ def source_of(options: TrainOptions, model: LM, rows: Rows, tokenizer: Any, pare
     if options.method != "distill" or not given.on_policy:
         return Prefetch(stream)
     prompts = Prompts(read_prompts(given.prompts or options.data.train), tokenizer, seed=options.seed,
-                      longest=model.config.seq_len - given.max_new, template=parent.template if parent else None,
-                      room="distill.max_new")
+                      longest=min(model.config.seq_len, context_of(given.teacher)) - given.max_new,
+                      template=parent.template if parent else None, room="distill.max_new")
     engine = Engine(model, tokenizer, EngineConfig(max_seqs=64, max_queue=1 << 20),
                     stop_ids=parent.stop_ids or None if parent else None)
     model.train()                                 # an engine puts it into the mode of use

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mindseed.base.config import diff, option
 from mindseed.base.errors import UserError
@@ -158,25 +158,38 @@ GROUPS = {"objective": "sft", "dpo": "dpo", "kto": "kto", "reward": "reward", "d
 SHARE = {"sft": 1 / 5, "distill": 1 / 5, "reward": 1 / 5, "process-reward": 1 / 5, "dpo": 1 / 50, "kto": 1 / 50}
 
 
+def idle_optim(options: Any) -> dict[str, str | None]:
+    """Options of the optimiser and its schedule that others make idle, and by what; of any kind of run."""
+    optim, kind, device = options.optim, options.schedule.kind, choose_device(options.device)
+    return {"optim.states": (f"states are paged from a CUDA GPU, and this runs on {device}"
+                             if optim.states == "paged" and device.type != "cuda" else None),
+            "optim.momentum": "optim.kind is adamw" if optim.kind == "adamw" else None,
+            "schedule.decay": f"schedule.kind is {kind}" if kind != "wsd" else None,
+            "schedule.final": "schedule.kind is constant" if kind == "constant" else None}
+
+
 def without_effect(options: TrainOptions) -> list[str]:
     """A line for every option that was given and that another one makes idle."""
-    data, loop, schedule, device = options.data, options.loop, options.schedule, choose_device(options.device)
+    data, loop, dpo, distill = options.data, options.loop, options.dpo, options.distill
     long = next((name for name in ("steps", "minutes", "epochs") if getattr(loop, name) is not None), None)
     prepared = data.train and all((Path(entry) / "manifest.json").exists() for entry in data.train)
     tokenizer = ("data.tokenizer is given" if data.tokenizer else "model.start brings its tokenizer"
                  if options.model.start else "the data are prepared" if prepared else None)
     causes = {
-        "optim.states": (f"states are paged from a CUDA GPU, and this runs on {device}"
-                         if options.optim.states == "paged" and device.type != "cuda" else None),
-        "optim.momentum": "optim.kind is adamw" if options.optim.kind == "adamw" else None,
-        "schedule.decay": f"schedule.kind is {schedule.kind}" if schedule.kind != "wsd" else None,
-        "schedule.final": "schedule.kind is constant" if schedule.kind == "constant" else None,
+        **idle_optim(options),
         "loop.tokens_per_param": f"loop.{long} says how long to train" if long else None,
         "loop.validate_documents": "loop.validate_every is 0" if loop.validate_every == 0 else None,
         "data.remember": "loop.validate_every is 0" if loop.validate_every == 0 else None,
         "data.vocab_size": tokenizer,
         **dict.fromkeys(("data.heldout", "data.fim_rate", "data.max_skipped"), "the data are prepared already"
                         if prepared else None)}
+    causes |= dict.fromkeys(("dpo.reference", "dpo.reference_logps"), None if dpo.needs_reference else
+                            f"{dpo.kind} has no reference")
+    causes |= {"distill.beta": f"distill.distance is {distill.distance}" if distill.distance != "jsd" else None,
+               "distill.layers": None if distill.states else "distill.states is 0",
+               "distill.related": None if distill.relations else "distill.relations is 0"}
+    causes |= {f"distill.{name}": None if distill.on_policy else "distill.on_policy is 0"
+               for name in ("prompts", "answers", "max_new", "sampling_temperature")}
     packed = options.method in ("sft", "distill")
     causes |= dict.fromkeys(("data.packing", "data.cross_documents", "data.fim_rate"), None if packed else
                             f"--method {options.method} packs nothing but the two documents of a row")

@@ -24,14 +24,20 @@ class ReferenceOptions:
         "once", help="once: the reference is asked before training, and what it says is kept; live: at every step")
 
 
+# (beta, target margin). IPO's margin per token is 1 / (2 beta): half a nat. SimPO's are those of its paper.
+USUAL: dict[Margin, tuple[float, float]] = {"dpo": (0.1, 0.0), "orpo": (0.1, 0.0), "ipo": (1.0, 0.0),
+                                            "simpo": (2.0, 1.0)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DPOOptions(ReferenceOptions):
     kind: Margin = option("dpo", help="what the margin between chosen and rejected is made of",
                           elsewhere=("loss_type",))
-    beta: float = option(0.1, help="how far the policy may move from the reference: smaller is further")
+    beta: float | None = option(None, help="how far the policy may move from the reference: smaller is further [0.1; "
+                                           "ipo 1, simpo 2]")
     label_smoothing: float = option(0.0, help="share of the pairs taken to be labelled the wrong way round (cDPO)")
-    target_margin: float = option(0.0, help="simpo: log-probability per token, times beta, that chosen should be ahead",
-                                  elsewhere=("simpo_gamma", "gamma"))
+    target_margin: float | None = option(None, help="simpo: log-probability per token, times beta, that chosen should "
+                                                    "be ahead [1]", elsewhere=("simpo_gamma", "gamma"))
     sft: float = option(0.0, help="weight of the chosen answer's own loss per token beside it",
                         elsewhere=("rpo_alpha",))
 
@@ -39,8 +45,10 @@ class DPOOptions(ReferenceOptions):
         self.objective()                          # which checks the rest
 
     def objective(self, reference=None) -> DPO:
-        return DPO(kind=self.kind, beta=self.beta, label_smoothing=self.label_smoothing, sft=self.sft,
-                   target_margin=self.target_margin, reference=reference)
+        beta, margin = USUAL[self.kind]
+        return DPO(kind=self.kind, beta=beta if self.beta is None else self.beta, label_smoothing=self.label_smoothing,
+                   target_margin=margin if self.target_margin is None else self.target_margin, sft=self.sft,
+                   reference=reference)
 
     @property
     def needs_reference(self) -> bool:

@@ -17,7 +17,9 @@ answers; the curves of each run are in the studio. A stage that is done is not d
 """
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shlex
 import shutil
 import time
@@ -32,13 +34,13 @@ import torch
 
 from mindseed.base.config import diff, flatten, option, to_dict
 from mindseed.base.errors import UserError
-from mindseed.base.files import make_folder, read_json, write_json, write_text
-from mindseed.base.log import StepBar, duration, say, table, warn
+from mindseed.base.files import locked, make_folder, read_json, write_json, write_text
+from mindseed.base.log import StepBar, duration, read_jsonl, say, table, warn
 from mindseed.data.formats import check as check_file
 from mindseed.data.readers import expand, read_rows
 from mindseed.infer.engine import Engine, EngineConfig, Request
 from mindseed.infer.sample import Sampling
-from mindseed.interop.directory import load_directory
+from mindseed.interop.directory import load_directory, require_folder
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes import rl, train
@@ -46,7 +48,7 @@ from mindseed.recipes.machine import choose_device
 from mindseed.recipes.model_options import ModelOptions
 from mindseed.recipes.options import DataOptions, LoopOptions, ObjectiveOptions, TrainOptions
 from mindseed.recipes.rl_options import (Algorithm, PolicyOptions, PromptOptions, RewardOptions, RLLoop, RLOptions,
-                                         SamplingOptions, StartOptions)
+                                         SamplingOptions, StartOptions, derive)
 from mindseed.recipes.run_folder import asked_plainly
 from mindseed.rl.prompts import Prompt, Prompts, read_prompts
 from mindseed.rl.rejection import Answer, sample_answers
@@ -60,6 +62,7 @@ SEEN = {"stage": str, "right": float, "thinks": float, "tokens": float, "seconds
 FIRST_USED: dict[str, Stage] = {                  # the first stage that an option is of any consequence to
     "first": "rl", "data.problems": "rl", "data.families": "rl", "samples": "rejection", "temperature": "rejection",
     "again": "again", "second": "rl-again", "small": "student", "student": "student"}         # all others: the first
+READ = ("base", "data.problems", "data.heldout", "data.traces", "data.general")
 ELSEWHERE = ("out", "until", "device", "redo")    # of no consequence to what is made
 
 
@@ -81,7 +84,9 @@ class ReinforceOptions:
     algorithm: Algorithm = option("grpo", help="see mindseed rl --help")
     prompts: int = option(32, help="prompts of a rollout")
     answers: int = option(8, help="answers to each")
-    max_new: int = option(96, help="longest answer, in tokens")
+    max_new: int = option(96, help="longest answer, in tokens; the last stage's is that of grading as well")
+    temperature: float = option(1.0, help="of sampling")
+    dynamic: int = option(1, help="draw up to this many times the prompts until enough groups differ in their rewards")
     format: float = option(0.5, help="weight of thinking in the right form, beside 1 for being right")
     kl: float = option(0.0, help="weight of the divergence from the model that the stage begins with")
 
@@ -130,13 +135,16 @@ def main(options: Options) -> int:
     check(options)
     if idle := without_effect(options):
         warn(f"without effect, for --zero has one stage, reinforcement learning on the base: {', '.join(idle)}")
-    pipeline = Pipeline(options, choose_device(options.device))
-    try:
-        pipeline.run()
-    except Interrupted as stop:
-        say(f"{stop}. Give the same command again to go on" + (", without --redo" if options.redo else ""))
-        return 130
-    pipeline.show()
+    folder = make_folder(options.out)
+    with locked(folder / ".lock", wait_s=0, busy=f"another process works on {folder}; end it first, or choose another "
+                "--out"):
+        pipeline = Pipeline(options, choose_device(options.device))
+        try:
+            pipeline.run()
+        except Interrupted as stop:
+            say(f"{stop}. Give the same command again to go on" + (", without --redo" if options.redo else ""))
+            return 130
+        pipeline.show()
     return 0
 
 
@@ -151,8 +159,20 @@ def check(options: Options) -> None:
         raise UserError(f"data.{missing[0]} is empty: name files; configs/r1-toy.toml shows which")
     if not 0 <= options.cold_general < 1:
         raise UserError(f"cold_general is a share from 0 to below 1, not {options.cold_general:g}")
+    if options.samples < 1 or data.trace_limit < 1 or options.temperature < 0:
+        raise UserError(f"samples={options.samples} and data.trace_limit={data.trace_limit} must be at least 1, "
+                        f"temperature={options.temperature} at least 0")
     if options.zero and options.redo not in (None, "rl"):
         raise UserError(f"--zero has no stage {options.redo}; its one stage is rl")
+    if options.redo and not options.zero and STAGES.index(options.until) < STAGES.index(options.redo):
+        raise UserError(f"--redo {options.redo} makes a stage anew that comes after --until {options.until}")
+    try:                                          # what a later stage would fail for fails now
+        for name in ("cold", "again", "small"):
+            lesson(options, name, getattr(options, name), ("x",))
+        for name in ("first", "second"):
+            derive(reinforcement(options, name, Path("x"), getattr(options, name), ["x"], form="think"))
+    except (ValueError, UserError) as error:
+        raise UserError(f"{name}: {in_section(str(error), name)}") from None
     problems = read_prompts(data.problems)
     for prompt in [*problems, *read_prompts(data.heldout)]:
         if kind_of(prompt.row, prompt.name) == "code":
@@ -168,6 +188,38 @@ def check(options: Options) -> None:
             check_file(path)
 
 
+def lesson(o: Options, name: str, how: LessonOptions, files: tuple[str, ...], *, weights: tuple[float, ...] = (),
+           model: ModelOptions | None = None, tokenizer: str | None = None,
+           objective: ObjectiveOptions = ObjectiveOptions()) -> TrainOptions:
+    """A stage of fine-tuning, as `mindseed train` would be told of it."""
+    return TrainOptions(
+        out=str(Path(o.out) / name), resume="auto", seed=o.seed, device=o.device,
+        model=model or ModelOptions(start=str(o.base)), objective=objective,
+        data=DataOptions(train=files, weights=weights, seq_len=o.data.seq_len, heldout=0.0, tokenizer=tokenizer),
+        optim=OptimConfig(kind=o.optimizer, lr=how.lr),
+        schedule=ScheduleConfig(kind="linear", warmup_steps=min(20, how.steps // 4), final=0.02),
+        loop=LoopOptions(steps=how.steps, batch=how.batch, sample_every=0, validate_every=0))
+
+
+def reinforcement(o: Options, name: str, start: Path, how: ReinforceOptions, files: list[str], *,
+                  form: Any) -> RLOptions:
+    """A stage of reinforcement learning, as `mindseed rl` would be told of it."""
+    return RLOptions(
+        out=str(Path(o.out) / name), resume="auto", seed=o.seed, device=o.device, algorithm=how.algorithm,
+        model=StartOptions(start=str(start)),
+        data=PromptOptions(train=tuple(files), heldout=o.data.heldout, limit=60, plain=o.data.plain),
+        rollout=SamplingOptions(prompts=how.prompts, answers=how.answers, max_new=how.max_new, stop=o.data.stop,
+                                temperature=how.temperature, dynamic=how.dynamic),
+        reward=RewardOptions(accuracy=1.0, format=how.format, form=form if how.format else "task"),
+        policy=PolicyOptions(kl=how.kl), optim=OptimConfig(kind="adamw", lr=how.lr, weight_decay=0.0),
+        schedule=ScheduleConfig(kind="constant", warmup_steps=5), loop=RLLoop(steps=how.steps, micro_batch=64))
+
+
+def in_section(said: str, section: str) -> str:
+    """A message about options of `mindseed rl` or `train` in those that a stage has."""
+    return re.sub(r"\b(?:rollout|optim|loop|reward|policy)\.(?=[a-z])", f"{section}.", said)
+
+
 def without_effect(options: Options) -> list[str]:
     """The options that were given and that --zero makes idle."""
     if not options.zero:
@@ -177,9 +229,28 @@ def without_effect(options: Options) -> list[str]:
     return [name for name in diff(Options(), options) if not used & {name, name.split(".")[0]}]
 
 
-def plain_dict(options: Options) -> dict[str, Any]:
-    """As JSON holds it."""
-    return json.loads(json.dumps(to_dict(options)))
+def identity(options: Options) -> dict[str, Any]:
+    """What the stages depend on, as JSON holds it: options by dotted names, and the contents of what they read."""
+    found = flatten(json.loads(json.dumps(to_dict(options))))
+    for name in ("problems", "heldout", *(() if options.zero else ("traces", "general"))):
+        found[f"data.{name}"] = [f"{path} {fingerprint(path)}" for path in expand(getattr(options.data, name))]
+    weights = sorted(require_folder(Path(options.base)).glob("*.safetensors"))
+    found["base"] = f"{options.base} {fingerprint(*weights)}"
+    return {name: value for name, value in found.items() if name not in ELSEWHERE}
+
+
+def nameless(read: str | list[str]) -> str | list[str]:
+    """As older pipelines recorded it: the names of what is read, without its contents."""
+    return [one.rpartition(" ")[0] for one in read] if isinstance(read, list) else read.rpartition(" ")[0]
+
+
+def fingerprint(*paths: Path | str) -> str:
+    hash = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                hash.update(block)
+    return hash.hexdigest()
 
 
 class Pipeline:
@@ -187,42 +258,43 @@ class Pipeline:
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.device, self.folder = options, device, make_folder(options.out)
-        self.summary = self.folder / "summary.json"
-        self.now = plain_dict(options)
+        self.summary, self.now = self.folder / "summary.json", identity(options)
         kept = read_json(self.summary, {"stages": [SEEN], "options": dict}) if self.summary.exists() else {"stages": []}
         self.seen = kept["stages"]
-        if options.redo:
-            self.throw_away(options.redo)
+        self.longest = (options.first if options.zero else options.second).max_new          # answer when graded
+        gone = STAGES[STAGES.index(options.redo):] if options.redo else ()
         if "options" in kept:
-            self.compare(kept["options"])
+            self.compare(flatten(kept["options"]), gone)
+        if gone:
+            self.throw_away(gone)
         self.heldout = read_prompts(options.data.heldout)
 
-    def compare(self, then: dict[str, Any]) -> None:
-        """UserError if a stage that has begun was given other options. One that an older version did not have, and one
+    def compare(self, was: dict[str, Any], gone: tuple[Stage, ...]) -> None:
+        """UserError if a stage that stays was made with other options. One that an older version did not have, and one
         that this version has no more, do not count: of the first the default was in force."""
-        was, now, usual = (flatten(options) for options in (then, self.now, plain_dict(Options())))
-        changed = [name for name in now if name not in ELSEWHERE and was.get(name, usual.get(name)) != now[name]]
-        first = {name: FIRST_USED.get(name, FIRST_USED.get(name.split(".")[0], "rl" if self.options.zero else
-                                                           "cold-start")) for name in changed}
-        if not self.options.zero and self.options.cold_general == 0 and "data.general" in first:
-            first["data.general"] = "again"
-        for name in sorted(changed, key=lambda name: STAGES.index(first[name])):
-            if any((self.folder / stage).exists() for stage in STAGES[STAGES.index(first[name]):]):
+        usual, zero = flatten(json.loads(json.dumps(to_dict(Options())))), self.options.zero
+        changed = [name for name in self.now if was.get(name, usual.get(name)) not in (self.now[name], nameless(
+            self.now[name]) if name in READ else self.now[name])]
+        there = [stage for stage in STAGES if (self.folder / stage).exists() and stage not in gone]
+        graded = ["data.heldout", "first.max_new" if zero else "second.max_new"]             # all stages alike
+        for name in changed:
+            first = STAGES.index(FIRST_USED.get(name, FIRST_USED.get(name.split(".")[0], STAGES[zero])))
+            if name == "data.general" and not self.options.cold_general:
+                first = STAGES.index("again")
+            if name != "data.heldout" and any(STAGES.index(stage) >= first for stage in there):
                 raise UserError(
                     f"{self.folder} holds stages that were made with other options: {name} was "
-                    f"{was.get(name, usual.get(name))}, is {now[name]}. Give the old ones to go on, --redo "
-                    f"{first[name]} to make that stage and those after it anew, or another --out")
-        if changed and not any((self.folder / stage).exists() for stage in STAGES):
-            self.seen = []                        # the base may be another, or what it is graded on
+                    f"{was.get(name, usual.get(name))}, is {self.now[name]}. Give the old ones to go on, --redo "
+                    f"{STAGES[first]} to make that stage and those after it anew, or another --out")
+        if not there or any(name in changed for name in graded):
+            self.seen = []                        # they are graded again
 
-    def throw_away(self, redone: Stage) -> None:
-        gone = STAGES[STAGES.index(redone):]
+    def throw_away(self, gone: tuple[Stage, ...]) -> None:
+        self.seen = [seen for seen in self.seen if seen["stage"] not in gone]
+        self.write()                              # first: a grade without its model is worse than the reverse
         found = [self.folder / stage for stage in gone if (self.folder / stage).exists()]
-        inputs = {"cold-start": "cold-start-traces", "rl": "rl-problems", "student": "student-lessons"}
-        for path in [*found, *(self.folder / f"{file}.jsonl" for stage, file in inputs.items() if stage in gone)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.seen = [seen for seen in self.seen if seen["stage"] not in gone
-                     and not (seen["stage"] == "base" and redone == ("rl" if self.options.zero else "cold-start"))]
+        for path in found:
+            shutil.rmtree(path)
         say(f"thrown away: {', '.join(path.name for path in found) or 'nothing, there was none of them'}")
 
     def run(self) -> None:
@@ -241,6 +313,7 @@ class Pipeline:
         """Run a stage unless an earlier call finished it, and grade what it made."""
         done = self.folder / name / ("lessons.jsonl" if name == "rejection" else "model")
         if not done.exists():
+            self.seen = [seen for seen in self.seen if seen["stage"] != name]
             say(f"\n--- {name}" + ("" if self.options.zero else f", stage {STAGES.index(name) + 1} of {len(STAGES)}"))
             self.write()                          # with which options it begins
             make()
@@ -255,8 +328,7 @@ class Pipeline:
     def cold_start(self) -> None:
         """Conversations with thoughts, few of them."""
         traces = self.folder / "cold-start-traces.jsonl"
-        if not traces.exists():
-            write_rows(traces, thoughtful(self.options.data.traces, self.options.data.trace_limit))
+        write_rows(traces, thoughtful(self.options.data.traces, self.options.data.trace_limit))
         o = self.options
         general, share = (o.data.general, o.cold_general) if o.cold_general else ((), 0.0)
         weights = (1 - share, *[share / len(general)] * len(general)) if general else ()
@@ -269,8 +341,7 @@ class Pipeline:
         if not wanted:
             return list(problems)
         some = self.folder / "rl-problems.jsonl"
-        if not some.exists():
-            write_rows(some, [p.row for p in read_prompts(problems) if p.row.get("family") in wanted])
+        write_rows(some, [p.row for p in read_prompts(problems) if p.row.get("family") in wanted])
         return [str(some)]
 
     def first_rl(self) -> None:
@@ -299,7 +370,7 @@ class Pipeline:
 
     def teach(self) -> None:
         """A smaller model learns from the last one's answers, and from general conversations."""
-        lessons = self.folder / "student-lessons.jsonl"
+        lessons = make_folder(self.folder / "student") / "lessons.jsonl"
         if not lessons.exists():
             rows, _ = self.right_answers("rl-again", self.options.second.max_new, seed=self.options.seed + 1)
             if not rows:
@@ -315,36 +386,17 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------- what they share
 
-    def fine_tune(self, name: str, how: LessonOptions, files: tuple[str, ...], *, weights: tuple[float, ...] = (),
-                  model: ModelOptions | None = None, tokenizer: str | None = None,
-                  objective: ObjectiveOptions = ObjectiveOptions()) -> None:
-        o = self.options
-        train.train(TrainOptions(
-            out=str(self.folder / name), resume="auto", seed=o.seed, device=o.device,
-            model=model or ModelOptions(start=str(o.base)), objective=objective,
-            data=DataOptions(train=files, weights=weights, seq_len=o.data.seq_len, heldout=0.0, tokenizer=tokenizer),
-            optim=OptimConfig(kind=o.optimizer, lr=how.lr),
-            schedule=ScheduleConfig(kind="linear", warmup_steps=min(20, how.steps // 4), final=0.02),
-            loop=LoopOptions(steps=how.steps, batch=how.batch, sample_every=0, validate_every=0)), self.device)
+    def fine_tune(self, name: Stage, how: LessonOptions, files: tuple[str, ...], **more: Any) -> None:
+        train.train(lesson(self.options, name, how, files, **more), self.device)
 
     def reinforce(self, name: Stage, start: Path, how: ReinforceOptions, files: list[str], *,
                   form: str = "think") -> None:
-        o, section = self.options, {"rl": "first", "rl-again": "second"}[name]
         try:
-            rl.train(RLOptions(
-                out=str(self.folder / name), resume="auto", seed=o.seed, device=o.device, algorithm=how.algorithm,
-                model=StartOptions(start=str(start)),
-                data=PromptOptions(train=tuple(files), heldout=o.data.heldout, limit=60, plain=o.data.plain),
-                rollout=SamplingOptions(prompts=how.prompts, answers=how.answers, max_new=how.max_new,
-                                        stop=o.data.stop),
-                reward=RewardOptions(accuracy=1.0, format=how.format, form=form if how.format else "task"),
-                policy=PolicyOptions(kl=how.kl), optim=OptimConfig(kind="adamw", lr=how.lr, weight_decay=0.0),
-                schedule=ScheduleConfig(kind="constant", warmup_steps=5),
-                loop=RLLoop(steps=how.steps, micro_batch=64)), self.device)
+            rl.train(reinforcement(self.options, name, start, how, files, form=form), self.device)
         except UserError as error:
-            said = str(error).replace("rollout.", f"{section}.").replace("reward.format", f"{section}.format")
-            raise UserError(f"stage {name}: {said}. Its options are {section}.*; --redo {name} begins it anew, "
-                            "--redo with an earlier stage gives it another model to begin with") from None
+            section = {"rl": "first", "rl-again": "second"}[name]
+            raise UserError(f"stage {name}: {in_section(str(error), section)}. --redo {name} begins it anew, --redo "
+                            "with an earlier stage gives it another model to begin with") from None
 
     def right_answers(self, name: Stage, max_new: int, *, seed: int) -> tuple[list[dict], int]:
         """(rows of conversations, answers that were asked for): what the model of a stage answers to the problems,
@@ -367,7 +419,7 @@ class Pipeline:
         if any(seen["stage"] == name for seen in self.seen):
             return
         loaded = load_directory(folder, device=self.device)
-        o, longest = self.options, (self.options.first if self.options.zero else self.options.second).max_new
+        o, longest = self.options, self.longest
         prompts = Prompts(self.heldout, loaded.tokenizer, seed=0, template=loaded.template, plain=o.data.plain,
                           longest=loaded.model.config.seq_len - longest,
                           room="first.max_new" if o.zero else "second.max_new")
@@ -376,8 +428,8 @@ class Pipeline:
                                                         sampling=Sampling(temperature=0.0)) for ids in prompts.ids])]
         right = [grade(p.row, c.text)["score"] for p, c in zip(prompts.prompts, answers)]
         log = self.folder / name / "log.jsonl"
-        spent = sum(json.loads(line).get("elapsed_s", 0) for line in log.read_text().splitlines()[-1:]) if (
-            log.exists()) else 0.0
+        clock = [row["elapsed_s"] for row in read_jsonl(log) if "elapsed_s" in row] if log.exists() else []
+        spent = sum(a for a, b in zip(clock, [*clock[1:], 0]) if b < a)           # it begins anew when a run goes on
         of = len(self.heldout)                    # one that is too long for the model is not right
         self.seen.append({"stage": name, "right": 100 * float(np.sum(right)) / of, "seconds": float(spent),
                           "thinks": 100 * float(np.mean([thought_first(c.text) for c in answers])),
@@ -431,4 +483,7 @@ def with_tools(prompt: Prompt, answer: Answer) -> dict:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """A file that holds just these already is left as it is, with its time."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)

@@ -21,6 +21,7 @@ import torch
 
 from mindseed.adapt.lora import base_of
 from mindseed.base import dist
+from mindseed.base.config import to_dict
 from mindseed.base.errors import UserError
 from mindseed.base.hardware import peak
 from mindseed.base.log import check_sinks, say, table, warn
@@ -81,9 +82,10 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
     groups = parameter_groups(model, options.optim)
     backend = NativeBackend(model, objective, build_optimizers(groups, options.optim), precision=options.loop.precision,
                             max_norm=options.optim.max_norm)
-    policy.recompute = options.loop.recompute
+    for lm in {policy, getattr(model, "critic", policy)}:
+        lm.recompute = options.loop.recompute
     rollout = options.rollout
-    engine = Engine(policy, loaded.tokenizer, EngineConfig(max_seqs=64, max_queue=1 << 20),
+    engine = Engine(policy, loaded.tokenizer, EngineConfig(max_seqs=max(64, rollout.answers), max_queue=1 << 20),
                     stop_ids=loaded.stop_ids or None)
     answers = rollout.prompts * rollout.answers // rollout.minibatches        # of a step, over all ranks
     source = Rollout(
@@ -96,7 +98,8 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
         advantage=advantage_of(options), device=device, seed=options.seed,
         autocast=backend.autocast,
         accumulate=max(1, -(-answers // (options.loop.micro_batch * dist.world_size()))),
-        reference=reference_of(options, policy, device), critic=model if model is not policy else None)
+        reference=reference_of(options, policy, device), critic=model if model is not policy else None,
+        told=judged_by(options))
     run = Run(source, objective, backend, schedule=learning_rate(options.schedule, peak=options.optim.lr,
                                                                  steps=options.loop.steps),
               device=device, accumulate=source.accumulate, balance=Balance(policy), after_step=[source.report])
@@ -239,6 +242,13 @@ def judge_of(options: RLOptions, loaded: Loaded, tail: list[int], device: torch.
     if r.function:
         found.append(terms.function(r.function_weight, r.function, timeout_s=r.timeout_s))
     return Judge(found)
+
+
+def judged_by(options: RLOptions) -> dict[str, Any]:
+    """What a reward and a divergence depend on, as a checkpoint holds it."""
+    reward, code = to_dict(options.reward), options.reward.function.rpartition(":")[0]
+    return {**reward, "code": Path(code).read_text(encoding="utf-8") if code else "", "judge": options.model.reward,
+            "reference": options.policy.kl and (options.model.reference or options.model.start)}
 
 
 def measure(source: Rollout, prompts: Prompts | None):

@@ -14,7 +14,7 @@ from mindseed.objectives.grpo import GRPO, Average, Estimator, Level
 from mindseed.objectives.ppo import PPO
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
-from mindseed.recipes.options import PrecisionChoice, Resume
+from mindseed.recipes.options import PrecisionChoice, Resume, idle_optim
 from mindseed.recipes.post_options import LoRAOptions
 from mindseed.rl.advantages import Scale
 from mindseed.rl.rollout import Advantage, Baseline, RolloutConfig
@@ -219,7 +219,7 @@ def derive(options: RLOptions) -> RLOptions:
 
 def without_effect(options: RLOptions) -> list[str]:
     """A line for every option that was given and that another one makes idle."""
-    p, r, name, schedule = options.policy, options.reward, options.algorithm, options.schedule.kind
+    p, r, name = options.policy, options.reward, options.algorithm
     free = "policy.kl is 0"
     causes = dict.fromkeys(("model.reference", "policy.kl_in", "policy.kl_estimator"), None if p.kl else free)
     causes |= {"policy.kl_estimator": free if not p.kl else "in the reward it is always k1" if p.kl_in == "reward" else
@@ -233,7 +233,10 @@ def without_effect(options: RLOptions) -> list[str]:
                "reward.function_weight": None if r.function else "reward.function is not given",
                "reward.timeout_s": None if r.function else "reward.function is not given",
                "data.share": "data.heldout is given" if options.data.heldout else None,
-               "schedule.decay": f"schedule.kind is {schedule}" if schedule != "wsd" else None,
+               **dict.fromkeys(("rollout.dynamic", "rollout.patience"), "ppo learns from every group, its critic tells "
+                               "good from bad" if name == "ppo" else None),
+               "reward.result": None if options.data.tools else "without data.tools there are no results",
+               **idle_optim(options),
                "rollout.turns": None if options.data.tools else "without data.tools nobody answers a turn"}
     causes |= {f"lora.{field.name}": "lora.rank is 0" for field in fields(options.lora) if not options.lora.rank}
     changed = diff(RLOptions(), options)

@@ -71,7 +71,7 @@ class Options:
     top_p: float | None = option(None, help="choose among the likeliest with this much probability [the model's]")
     min_p: float | None = option(None, help="drop tokens less likely than this times the likeliest [the model's]")
     max_new: int = option(512, help="longest turn of an answer, in tokens", elsewhere=("max_new_tokens", "max_tokens"))
-    seed: int = option(0, help="the same seed gives the same answers; answer i of prompt k draws with seed + k n + i")
+    seed: int = option(0, help="the same seed gives the same answers, whatever else is asked")
     batch_size: int = option(64, help="answers that a model directory writes at once")
     concurrency: int = option(16, help="requests to the server at once")
     timeout_s: float = option(300.0, help="the longest a server may take for one answer")

@@ -42,16 +42,23 @@ def prompt_of(row: dict, name: str = "", system: str = "") -> Prompt:
         raise UserError(f"{name}: not a prompt: its keys are {', '.join(row) or 'none'}; expected question, prompt, "
                         "messages or conversations")
     try:
-        messages, tools = normalise({k: v for k, v in given.items() if k in ("messages", "conversations", "tools")})
+        messages, tools = normalise({key: unanswered(value) if key != "tools" else value for key, value in given.items()
+                                     if key in ("messages", "conversations", "tools")})
     except (UserError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{name}: not a prompt: {error}") from None
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise UserError(f"{name}: a prompt needs a turn of the user that is to be answered")
     if system:
         messages = [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
     return Prompt(messages=messages, tools=tools, row=row, name=name)
+
+
+def unanswered(messages: Any) -> Any:
+    """Without the last turns of the assistant, which may be empty (MiniMind's rlaif files)."""
+    while isinstance(messages, list) and len(messages) > 1 and isinstance(messages[-1], dict) and (
+            messages[-1].get("role") == "assistant"):
+        messages = messages[:-1]
+    return messages
 
 
 def read_prompts(paths: Iterable[str], *, system: str = "") -> list[Prompt]:

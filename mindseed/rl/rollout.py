@@ -99,6 +99,7 @@ class Rollout:
     seed: int = 0
     drawn: int = 0                                # prompts so far, over all ranks
     rounds: int = 0                               # rollouts so far
+    told: Any = None                              # by what else answers are judged: if it changes, they are drawn anew
     barren: int = 0                               # rollouts in a row from which nothing could be learnt
     queue: list[list[Trajectory]] = field(default_factory=list)       # the minibatches to come
     dealt: int = 0                                # micro-batches of the first one that were handed out on this rank
@@ -124,7 +125,7 @@ class Rollout:
         learn from for too long."""
         began, before = time.monotonic(), self.barren
         self.metrics = {}                         # those of a rollout from which nothing was learnt
-        with evaluating(self.policy):
+        with evaluating(self.critic or self.policy):              # of the two in one, the policy as well
             kept, all_ = self.groups()
             if kept:
                 with self.autocast():             # or the first ratio would not be 1
@@ -149,8 +150,8 @@ class Rollout:
         n = self.play.answers
         for _ in range(self.config.dynamic):
             numbers = range(self.drawn, self.drawn + self.config.prompts)
-            self.drawn += len(numbers)
             played = self.play_all(numbers)
+            self.drawn += len(numbers)            # only now: what could not be judged is asked again
             all_ += played
             for first in range(0, len(played), n):
                 group = played[first:first + n]
@@ -308,7 +309,7 @@ class Rollout:
     def figures(self) -> dict[str, Any]:
         """By what the answers that wait were drawn and weighed."""
         return {**vars(self.advantage), "kl": self.given_kl, **vars(replace(self.play, seed=0)),
-                "reference": self.reference is not None}
+                "reference": self.reference is not None, "told": self.told}
 
     def identity(self) -> dict[str, Any]:
         return {"prompts": len(self.prompts), "seed": self.seed, "digest": self.prompts.digest()}

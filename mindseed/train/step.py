@@ -56,7 +56,9 @@ def train_step(run: Run) -> dict[str, float]:
         part = run.backend.forward_backward(batch, scale=scale, last=i == len(batches) - 1)
         sums = {key: sums.get(key, 0) + value for key, value in part.items()}
 
-    means = {key: (dist.sum_over_ranks(value) / count).item() for key, value in sums.items()}
+    units = tokens if getattr(run.objective, "of_tokens", False) else count       # of metrics beside the loss
+    means = {key: (dist.sum_over_ranks(value) / (count if key == "loss" else units)).item()
+             for key, value in sums.items()}
     check_finite(run, batches, means["loss"])
     lr = run.schedule(run.step)
     try:
