@@ -1,8 +1,10 @@
 """Rollouts inside the GRPO loop against transformers in the same loop, and a DPO step against TRL's trainer; 26M, CPU.
 
-Rollouts: the loop is ours both times (rl/rollout.py), prompts, rewards and updates too; what answers is the engine, or
-transformers' generate on a left-padded batch, which is given the new weights before every rollout. All answers have the
-same length, so both draw as many tokens.
+Rollouts: the loop is ours both times (rl/rollout.py), prompts, rewards and updates too; what answers is the engine,
+or transformers' generate on a left-padded batch, which is given the new weights before every rollout. Once all
+answers have the same length, which suits a padded batch best; once they end by themselves, as answers do, at any of
+STOPS ids. What is timed is the drawing (new weights included), and beside it the whole rollout, in which the trainer
+then scores all answers anew, the same work both times.
 
 DPO: one optimiser step on the same pairs, the same model and AdamW, in float32; TRL's DPOTrainer with the reference's
 log-probabilities asked in advance, as ours are. Tokens are those of the pairs without padding. Peak memory is that of a
@@ -44,6 +46,7 @@ from mindseed.train.step import Run, train_step
 
 NAME, VOCAB = "post_step", 6400
 PROMPTS, ANSWERS, NEW = 8, 8, 96                  # of a rollout
+STOPS = 128                                       # ids that end an answer: of random ones, one in 50
 PAIRS, LONG = 8, 192                              # of a DPO step; tokens of a prompt with its answer, at most
 
 
@@ -71,8 +74,8 @@ class Theirs:
 
     version, limit = 0, 1024
 
-    def __init__(self, ours: LM, theirs, family) -> None:
-        self.model, self.theirs = ours, theirs
+    def __init__(self, ours: LM, theirs, family, stops: tuple[int, ...]) -> None:
+        self.model, self.theirs, self.stops = ours, theirs, stops
         self.state = theirs.state_dict()
         self.names = names_in(family, ours.config, ours.state_dict())
 
@@ -88,17 +91,46 @@ class Theirs:
         mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
         out = self.theirs.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                                    num_return_sequences=n, max_new_tokens=requests[0].max_new,
-                                   min_new_tokens=requests[0].max_new, pad_token_id=0, return_dict_in_generate=True,
+                                   eos_token_id=[*self.stops] or None, pad_token_id=0, return_dict_in_generate=True,
                                    output_logits=True)
         new = out.sequences[:, width:]
         logps = torch.stack([logits.log_softmax(-1).gather(-1, new[:, t, None])[:, 0]
                              for t, logits in enumerate(out.logits)], 1)
-        rows = [Completion(ids=i, logps=p, sampled_logps=p, finish="length")
-                for i, p in zip(new.tolist(), logps.tolist())]
+        rows = []
+        for i, p in zip(new.tolist(), logps.tolist()):
+            end = next((t + 1 for t, id in enumerate(i) if id in self.stops), len(i))
+            rows.append(Completion(ids=i[:end], logps=p[:end], sampled_logps=p[:end], finish="length"))
         return [rows[i:i + n] for i in range(0, len(rows), n)]
 
 
-def loop(model: LM, engine) -> Run:
+class Timed:
+    """Whatever answers, with a clock: seconds spent on new weights and on drawing, and tokens drawn."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.seconds, self.tokens = engine, 0.0, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
+
+    def update_weights(self, model: LM) -> None:
+        start = time.perf_counter()
+        self.engine.update_weights(model)
+        self.seconds += time.perf_counter() - start
+
+    def generate(self, requests: list) -> list[list[Completion]]:
+        start = time.perf_counter()
+        found = self.engine.generate(requests)
+        self.seconds += time.perf_counter() - start
+        self.tokens += sum(len(c.ids) for group in found for c in group)
+        return found
+
+    def speed(self) -> float:
+        """Tokens per second since it was last asked for."""
+        speed, self.seconds, self.tokens = self.tokens / self.seconds, 0.0, 0
+        return speed
+
+
+def loop(model: LM, engine: Timed) -> Run:
     """GRPO on rewards that random answers differ in."""
     judge = Judge([Term(name="even", weight=1.0, call=each(
         lambda s: float(np.mean([id % 2 for id in s.trajectory.ids[-NEW:]]))))])
@@ -111,7 +143,7 @@ def loop(model: LM, engine) -> Run:
     return Run(source, GRPO(), backend, schedule=lambda step: 1e-5, accumulate=4, after_step=[source.report])
 
 
-def rollouts(rounds: int) -> list[str]:
+def rollouts(rounds: int, stops: tuple[int, ...]) -> list[list[str]]:
     transformers = reference(NAME)
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -119,12 +151,22 @@ def rollouts(rounds: int) -> list[str]:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         theirs.generation_config.eos_token_id = None
         one, two = load_directory(folder), load_directory(folder)
-    runs = {"ours": loop(one.model, Engine(one.model, None, EngineConfig(max_seqs=64), stop_ids=())),
-            "theirs": loop(two.model, Theirs(two.model, theirs, two.family))}
-    taken = in_turn({name: lambda run=run: train_step(run)["rollout_tokens_per_s"] for name, run in runs.items()},
-                    rounds)
-    return [f"rollouts in the GRPO loop, {PROMPTS} x {ANSWERS} answers of {NEW}", spread(taken["ours"]),
-            "transformers generate", spread(taken["theirs"]), f"{ratio(taken['ours'], taken['theirs']):.2f}x", "3x"]
+    engines = {"ours": Timed(Engine(one.model, None, EngineConfig(max_seqs=64), stop_ids=stops)),
+               "theirs": Timed(Theirs(two.model, theirs, two.family, stops))}
+    runs = {name: loop(model, engines[name]) for name, model in (("ours", one.model), ("theirs", two.model))}
+
+    def step(name: str) -> tuple[float, float]:
+        whole = train_step(runs[name])["rollout_tokens_per_s"]
+        return engines[name].speed(), whole
+
+    taken = in_turn({name: lambda name=name: step(name) for name in runs}, rounds)
+    length = f"of 1 to {NEW}, ending by themselves" if stops else f"of {NEW}"
+    rows = []
+    for i, what in enumerate(("drawn", "drawn and scored")):
+        mine, other = ([pair[i] for pair in taken[name]] for name in ("ours", "theirs"))
+        rows.append([f"GRPO rollout, {PROMPTS} x {ANSWERS} answers {length}, {what}", spread(mine),
+                     "transformers generate", spread(other), f"{ratio(mine, other):.2f}x", "3x" if i == 0 else ""])
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ DPO
@@ -237,10 +279,10 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in ("dpo_ours", "dpo_theirs"):
         print(json.dumps(globals()[sys.argv[1]](int(sys.argv[2]))))
         return
-    rows = [rollouts(3), *dpo(3)]
+    rows = [*rollouts(3, ()), *rollouts(3, tuple(range(STOPS))), *dpo(3)]
     report(NAME, "Post-training steps, 26M, fp32, CPU", ["what", "mindseed", "against", "its figure", "ratio",
                                                          "target"], rows, command="python -m benchmarks post_step",
-           notes=f"Rollouts in tokens/s; all answers have the same length. A DPO step is {PAIRS} pairs of random ids, "
+           notes=f"Rollouts in tokens/s. A DPO step is {PAIRS} pairs of random ids, "
                  f"up to {LONG} a side; the reference's log-probabilities were asked before. Peak memory is that of a "
                  "process beyond what it held before the model was built. Median (min to max) of runs in turn.")
 

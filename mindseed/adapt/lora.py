@@ -115,9 +115,6 @@ def add_adapter(model: nn.Module, config: LoRAConfig = LoRAConfig(), name: str =
     there = adaptable(model)
     covered = chosen(list(there), config.targets)
     require_no_dropout(there, covered, config.dropout)
-    if config.rank > (most := max(min(there[n].matrix().shape[-2:]) for n in covered)):
-        raise UserError(f"an adapter of rank {config.rank} is no smaller than what it stands beside: these matrices "
-                        f"have ranks up to {most}; 4 to 64 are usual")
     generator = torch.Generator().manual_seed(seed)
     attach(model, name, {n: fresh(there[n].matrix(), rank=config.rank, alpha=config.alpha, rs=config.rs,
                                   dora=config.dora, dropout=config.dropout, generator=generator) for n in covered})

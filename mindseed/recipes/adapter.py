@@ -4,8 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mindseed.adapt.lora import Coverage, add_adapter, merge
+from mindseed.adapt.lora import Coverage, adaptable, add_adapter, chosen, merge
 from mindseed.adapt.peft import save_adapter
+from mindseed.base.errors import UserError
 from mindseed.base.log import say, table
 from mindseed.interop.peft import remember_identity
 from mindseed.models.lm import LM
@@ -17,6 +18,11 @@ def adapt(model: LM, lora: LoRAOptions, seed: int) -> Coverage | None:
     """Freeze the model beneath an adapter, if one is asked for; in 4 bits, if that is."""
     if not lora.rank:
         return None
+    there = adaptable(model)
+    most = max(min(there[name].matrix().shape[-2:]) for name in chosen(list(there), lora.targets))
+    if lora.rank > most:
+        raise UserError(f"an adapter of rank {lora.rank} is no smaller than what it stands beside: these matrices have "
+                        f"ranks up to {most}; 4 to 64 are usual")
     if lora.nf4:
         remember_identity(model)
         quantize_model(model)

@@ -74,7 +74,8 @@ def settled(options: Options) -> Options:
         folder = entry if (entry / "manifest.json").exists() or not made else made[0]
     elif options.entry:
         raise UserError(f"entry={options.entry} has no effect: {folder} is not the folder of a run")
-    return replace(options, data=str(folder), seq_len=options.seq_len or own.data.seq_len or ROW,
+    length = (own.data.seq_len or ROW) if options.seq_len is None else options.seq_len
+    return replace(options, data=str(folder), seq_len=length,
                    packing=options.packing or own.data.packing,
                    seed=own.seed if options.seed is None else options.seed)
 
