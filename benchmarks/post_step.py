@@ -3,8 +3,7 @@
 Rollouts: the loop is ours both times (rl/rollout.py), prompts, rewards and updates too; what answers is the engine,
 or transformers' generate on a left-padded batch, which is given the new weights before every rollout. Once all
 answers have the same length, which suits a padded batch best; once they end by themselves, as answers do, at any of
-STOPS ids. What is timed is the drawing (new weights included), and beside it the whole rollout, in which the trainer
-then scores all answers anew, the same work both times.
+STOPS ids. Timed is the drawing, new weights included.
 
 DPO: one optimiser step on the same pairs, the same model and AdamW, in float32; TRL's DPOTrainer with the reference's
 log-probabilities asked in advance, as ours are. Tokens are those of the pairs without padding. Peak memory is that of a
@@ -143,7 +142,7 @@ def loop(model: LM, engine: Timed) -> Run:
     return Run(source, GRPO(), backend, schedule=lambda step: 1e-5, accumulate=4, after_step=[source.report])
 
 
-def rollouts(rounds: int, stops: tuple[int, ...]) -> list[list[str]]:
+def rollouts(rounds: int, stops: tuple[int, ...]) -> list[str]:
     transformers = reference(NAME)
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -155,18 +154,14 @@ def rollouts(rounds: int, stops: tuple[int, ...]) -> list[list[str]]:
                "theirs": Timed(Theirs(two.model, theirs, two.family, stops))}
     runs = {name: loop(model, engines[name]) for name, model in (("ours", one.model), ("theirs", two.model))}
 
-    def step(name: str) -> tuple[float, float]:
-        whole = train_step(runs[name])["rollout_tokens_per_s"]
-        return engines[name].speed(), whole
+    def step(name: str) -> float:
+        train_step(runs[name])
+        return engines[name].speed()
 
     taken = in_turn({name: lambda name=name: step(name) for name in runs}, rounds)
     length = f"of 1 to {NEW}, ending by themselves" if stops else f"of {NEW}"
-    rows = []
-    for i, what in enumerate(("drawn", "drawn and scored")):
-        mine, other = ([pair[i] for pair in taken[name]] for name in ("ours", "theirs"))
-        rows.append([f"GRPO rollout, {PROMPTS} x {ANSWERS} answers {length}, {what}", spread(mine),
-                     "transformers generate", spread(other), f"{ratio(mine, other):.2f}x", "3x" if i == 0 else ""])
-    return rows
+    return [f"rollouts in the GRPO loop, {PROMPTS} x {ANSWERS} answers {length}", spread(taken["ours"]),
+            "transformers generate", spread(taken["theirs"]), f"{ratio(taken['ours'], taken['theirs']):.2f}x", "3x"]
 
 
 # ------------------------------------------------------------------------------------------------------------ DPO
@@ -279,7 +274,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in ("dpo_ours", "dpo_theirs"):
         print(json.dumps(globals()[sys.argv[1]](int(sys.argv[2]))))
         return
-    rows = [*rollouts(3, ()), *rollouts(3, tuple(range(STOPS))), *dpo(3)]
+    rows = [rollouts(3, ()), rollouts(3, tuple(range(STOPS))), *dpo(3)]
     report(NAME, "Post-training steps, 26M, fp32, CPU", ["what", "mindseed", "against", "its figure", "ratio",
                                                          "target"], rows, command="python -m benchmarks post_step",
            notes=f"Rollouts in tokens/s. A DPO step is {PAIRS} pairs of random ids, "
