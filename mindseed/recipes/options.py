@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from mindseed.base.config import diff, option
 from mindseed.base.errors import UserError
+from mindseed.interop.directory import context_of
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
 from mindseed.recipes.machine import choose_device
-from mindseed.interop.directory import context_of
 from mindseed.recipes.model_options import ModelOptions
 from mindseed.recipes.post_options import (DistillOptions, DPOOptions, KTOOptions, LoRAOptions, Method,
                                             RewardModelOptions)

@@ -62,7 +62,6 @@ SEEN = {"stage": str, "right": float, "thinks": float, "tokens": float, "seconds
 FIRST_USED: dict[str, Stage] = {                  # the first stage that an option is of any consequence to
     "first": "rl", "data.problems": "rl", "data.families": "rl", "samples": "rejection", "temperature": "rejection",
     "again": "again", "second": "rl-again", "small": "student", "student": "student"}         # all others: the first
-READ = ("base", "data.problems", "data.heldout", "data.traces", "data.general")
 ELSEWHERE = ("out", "until", "device", "redo")    # of no consequence to what is made
 
 
@@ -235,22 +234,13 @@ def identity(options: Options) -> dict[str, Any]:
     for name in ("problems", "heldout", *(() if options.zero else ("traces", "general"))):
         found[f"data.{name}"] = [f"{path} {fingerprint(path)}" for path in expand(getattr(options.data, name))]
     weights = sorted(require_folder(Path(options.base)).glob("*.safetensors"))
-    found["base"] = f"{options.base} {fingerprint(*weights)}"
+    found["base"] = [str(options.base), *map(fingerprint, weights)]
     return {name: value for name, value in found.items() if name not in ELSEWHERE}
 
 
-def nameless(read: str | list[str]) -> str | list[str]:
-    """As older pipelines recorded it: the names of what is read, without its contents."""
-    return [one.rpartition(" ")[0] for one in read] if isinstance(read, list) else read.rpartition(" ")[0]
-
-
-def fingerprint(*paths: Path | str) -> str:
-    hash = hashlib.blake2b(digest_size=8)
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                hash.update(block)
-    return hash.hexdigest()
+def fingerprint(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 class Pipeline:
@@ -273,8 +263,7 @@ class Pipeline:
         """UserError if a stage that stays was made with other options. One that an older version did not have, and one
         that this version has no more, do not count: of the first the default was in force."""
         usual, zero = flatten(json.loads(json.dumps(to_dict(Options())))), self.options.zero
-        changed = [name for name in self.now if was.get(name, usual.get(name)) not in (self.now[name], nameless(
-            self.now[name]) if name in READ else self.now[name])]
+        changed = [name for name in self.now if was.get(name, usual.get(name)) != self.now[name]]
         there = [stage for stage in STAGES if (self.folder / stage).exists() and stage not in gone]
         graded = ["data.heldout", "first.max_new" if zero else "second.max_new"]             # all stages alike
         for name in changed:
