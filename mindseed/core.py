@@ -9,8 +9,9 @@ H query heads, G key/value heads, K head width, E experts.
 """
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Iterator, Protocol, runtime_checkable
+from typing import Any, Callable, Iterator, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -123,6 +124,7 @@ class Output:
     head: Tensor                                  # (V, D)
     chunk: int = 1024                             # tokens per application of the head
     dtype: torch.dtype | None = None              # of the head's products; None: that of `hidden`
+    kernel: Callable[..., tuple[Tensor, Tensor]] | None = None    # what applies it, as ChunkedHead (None) does
     values: Tensor | None = None                  # (B, T): a critic's or reward model's estimate
     aux: dict[str, Tensor] = field(default_factory=dict)   # auxiliary losses of layers, per token (B, T), weighed
     further: tuple[Tensor, ...] = ()              # (B, T, D) each: what predicts the token 2, 3, ... ahead
@@ -135,9 +137,12 @@ class Output:
         return torch.nn.functional.linear(self.hidden, self.head)
 
     def at(self, tokens: Tensor) -> Output:
-        """Only the tokens where the boolean (B, T) is True, as one row (1, n, D): no head is applied to the others."""
+        """Only some tokens, as one row (1, n, D), so that no head is applied to the others: those where a boolean
+        (B, T) is True, or whose numbers (n,) in the flattened batch are given."""
+        index = tokens.flatten().nonzero()[:, 0] if tokens.dtype == torch.bool else tokens
+
         def pick(x: Tensor) -> Tensor:
-            return x[tokens][None]
+            return x.flatten(0, 1).index_select(0, index)[None]
 
         return replace(self, hidden=pick(self.hidden), values=None if self.values is None else pick(self.values),
                        aux={name: pick(x) for name, x in self.aux.items()}, further=tuple(map(pick, self.further)),
@@ -149,8 +154,9 @@ class Output:
 
     def logps_and_lse(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """log p(targets) and log of the partition function (for z-loss), both (B, T)."""
-        logps, lse = ChunkedHead.apply(self.hidden.flatten(0, 1), self.head, targets.flatten(), self.chunk,
-                                       self.dtype or self.hidden.dtype)
+        kernel = self.kernel or ChunkedHead.apply
+        logps, lse = kernel(self.hidden.flatten(0, 1), self.head, targets.flatten(), self.chunk,
+                            self.dtype or self.hidden.dtype)
         return logps.view_as(targets), lse.view_as(targets)
 
 
@@ -178,6 +184,10 @@ class Backend(Protocol):
 
     def step(self, lr: float) -> float:
         """Clip, update with learning rate `lr`, clear gradients; return the gradient norm before clipping."""
+        ...
+
+    def whole(self) -> contextlib.AbstractContextManager:
+        """Inside, ranks may run the model without waiting for each other, as far as the backend lets them."""
         ...
 
     def score(self, batch: Batch) -> Tensor:

@@ -467,7 +467,7 @@ def test_compiled_blocks_hear_of_the_switch():
     add_adapter(model, CONFIGS["dora"])
     shake(model, "default")
     adapted = hidden(model)
-    model.attention = torch.compiler.disable(model.attention)
+    model.blocked = torch.compiler.disable(model.blocked)
     for block in model.blocks:
         block.compile(backend="eager")
     torch.testing.assert_close(hidden(model), adapted)

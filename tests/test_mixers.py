@@ -255,7 +255,7 @@ def test_attend_equals_the_oracle(packed, alibi, window):
     bias = -slopes[:, None, None] * back if alibi else None
     weight = torch.randn(2, T, 6, 5, generator=g, dtype=torch.float64)
     want = attend_oracle(q, k, v, visible[:, None], scale=0.3, bias=bias)
-    flexible = Layout(positions, flex=True)
+    flexible = Layout(positions, attention="flex")
     flexible.add_view(window, distance=alibi)
     assert (flexible.views[window].blocks is not None) == (packed or window is not None and window < T)
     with torch.no_grad():                                                # it has no backward pass on a CPU
@@ -275,8 +275,7 @@ def test_attend_equals_the_oracle(packed, alibi, window):
 def test_flex_attention_learns_as_masks_do(changes):
     model = tiny_model(head_dim=16, **changes).cuda()
     batch, gradients = random_batch(2, 300).to("cuda"), []
-    for flex in (False, True):
-        model.flex = flex
+    for model.attention in ("sdpa", "flex"):
         loss = model(batch.ids, batch.positions).logps(batch.targets).mul(batch.weights).sum()
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*gradients):

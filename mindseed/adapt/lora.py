@@ -302,7 +302,7 @@ def merge(model: nn.Module, *, keep: bool = True) -> Merged | None:
         raise UserError("no adapter is active, so there is nothing to merge")
     adapted = {name: linear for name, linear in there.items() if linear.adapter is not None}
     for name, linear in adapted.items():
-        if type(linear) not in (Linear, ExpertLinear):
+        if not linear.weight.is_floating_point():
             raise UserError(f"{name} is quantised and cannot take up an update exactly; merge into the model in full "
                             "precision")
     places = []

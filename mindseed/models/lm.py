@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mindseed.core import Output, State, StateSpec
 from mindseed.models.block import Aux, Block
@@ -14,18 +14,20 @@ from mindseed.models.config import LMConfig
 from mindseed.models.mtp import MTPModule, tokens_ahead
 from mindseed.nn.attend import Kernel, Layout
 from mindseed.nn.blocked import BlockedAttention
+from mindseed.nn.fused_head import apply_head
 from mindseed.nn.linear import Linear, product_dtype
 from mindseed.nn.linear_attention import DeltaNet
 from mindseed.nn.moe import ExpertLinear
+from mindseed.nn.recompute import Recompute, run_again
 from mindseed.nn.norm import NORMS, LayerNorm, RMSNorm
 
 
 class LM(nn.Module):
     """ids (B, T), positions (B, T) -> Output. With `state`, keys of earlier calls are seen and new ones are kept.
 
-    `recompute` trades time for memory: blocks keep only their input and run again in the backward pass. `flex` attends
-    within packed documents and windows through FlexAttention, which learns on a GPU only. `collect` are the depths
-    whose states the output is to carry, rising: 0 is the embedding, d what d blocks have made of it. `matching`
+    `recompute` trades time for memory: blocks keep only their input and run again in the backward pass. `attention`
+    is what training attends with: auto, sdpa, flex (it learns on a GPU only) or flash (nn/attend.py). `collect` are the
+    depths whose states the output is to carry, rising: 0 is the embedding, d what d blocks have made of it. `matching`
     (matching.py) adds what distillation compares.
     """
 
@@ -39,36 +41,45 @@ class LM(nn.Module):
         self.head = None if config.tied else Linear(config.dim, config.vocab_size, role="column")
         self.mtp = nn.ModuleList(MTPModule(config, layer) for layer in config.mtp)
         self.value_head: nn.Module | None = None                                  # see heads.py
-        self.recompute = False
-        self.attention: Kernel = BlockedAttention.apply
-        self.flex = False
+        self.recompute: Recompute = False
+        self.attention = "auto"
+        self.blocked: Kernel = BlockedAttention.apply
+        self.apply_head = apply_head                                              # as core.ChunkedHead does
+        self.ring: Callable | None = None                                         # see parallel/context.py
         self.collect: tuple[int, ...] = ()
         self.matching: nn.Module | None = None
         self.reset_parameters()
 
     def forward(self, ids: Tensor, positions: Tensor, state: State | None = None) -> Output:
         layout, aux = self.layout(positions, state), {}
-        x = self.embed(ids)                                                       # (B, T, D)
-        if self.place is not None:
-            x = x + self.place(positions.clamp_min(0))
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
+        x = self.begin(ids, positions)                                            # (B, T, D)
         states = [x] if 0 in self.collect else []
         for i, block in enumerate(self.blocks):
             x = self.run(block, aux, x, layout, None if state is None else state.layer(i))
             if i + 1 in self.collect:
                 states.append(x)
         hidden = self.norm(x)
-        values = None if self.value_head is None else self.value_head(hidden)
         further = self.look_ahead(hidden, ids, layout, aux) if self.training else ()
-        output = Output(hidden=hidden, head=(self.head or self.embed).weight, dtype=product_dtype(x), aux=aux,
-                        values=values, further=further, further_weight=self.config.mtp_weight, states=tuple(states))
+        output = self.output(hidden, aux, further=further, states=tuple(states))
         return output if self.matching is None or state is not None else self.matching(self, output, layout)
+
+    def begin(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, D): what the first block reads."""
+        x = self.embed(ids)
+        if self.place is not None:
+            x = x + self.place(positions.clamp_min(0))
+        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
+
+    def output(self, hidden: Tensor, aux: Aux, **more: tuple[Tensor, ...]) -> Output:
+        """What objectives ask, of what the last norm gave."""
+        values = None if self.value_head is None else self.value_head(hidden)
+        return Output(hidden=hidden, head=(self.head or self.embed).weight, dtype=product_dtype(hidden), aux=aux,
+                      values=values, further_weight=self.config.mtp_weight, kernel=self.apply_head, **more)
 
     def run(self, block: nn.Module, aux: Aux, *inputs) -> Tensor:
         """A block, recomputed in the backward pass if asked for; its auxiliary losses are added to `aux`."""
         if self.recompute and torch.is_grad_enabled():
-            x, found = checkpoint(block, *inputs, use_reentrant=False)
+            x, found = run_again(block, self.recompute, *inputs)
         else:
             x, found = block(*inputs)
         for name, value in found.items():
@@ -85,19 +96,20 @@ class LM(nn.Module):
 
     def layout(self, positions: Tensor, state: State | None) -> Layout:
         """Masks and rotary tables for this batch, made once for all layers."""
-        layout = Layout(positions, None if state is None else state.begin(positions), kernel=self.attention,
-                        flex=self.flex)
-        dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
+        layout = Layout(positions, None if state is None else state.begin(positions), attention=self.attention,
+                        blocked=self.blocked, ring=self.ring)
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         for block in (*self.blocks, *(module.block for module in self.mtp if self.training)):
-            block.mixer.add_to(layout, dtype)
+            if isinstance(block, Block):          # in a pipeline most blocks are elsewhere
+                block.mixer.add_to(layout, dtype)
         return layout
 
     def compile_blocks(self) -> None:
         """torch.compile for every block. Attention in blocks of queries stays outside: its loops follow the packing,
         which is another one in every batch and would be compiled anew each time."""
-        self.attention = torch.compiler.disable(BlockedAttention.apply)
-        for block in self.blocks:
-            block.compile()
+        self.blocked = torch.compiler.disable(BlockedAttention.apply)
+        for module in (*self.blocks, self.norm):
+            module.compile()
 
     def state_specs(self) -> list[StateSpec]:
         """What every layer remembers while decoding."""

@@ -75,9 +75,11 @@ class Shape:
         if self.mtp < 0:
             raise UserError(f"model.mtp={self.mtp} must not be negative: it is a number of further tokens")
         try:
-            layers = tuple(LayerConfig(mixer=self.mixer(self.pattern[i % len(self.pattern)]),
+            # One object for all layers that are alike: torch.compile asks for identity, and compiles others anew.
+            mixers = {letter: self.mixer(letter) for letter in {*self.pattern, "L"}}
+            layers = tuple(LayerConfig(mixer=mixers[self.pattern[i % len(self.pattern)]],
                                        ffn=self.ffn(i >= self.dense_layers)) for i in range(self.layers))
-            ahead = LayerConfig(mixer=self.mixer("L"), ffn=self.ffn(True))
+            ahead = LayerConfig(mixer=mixers["L"], ffn=self.ffn(True))
             return LMConfig(vocab_size=vocab_size, dim=self.dim, layers=layers, seq_len=seq_len, tied=self.tied,
                             norm=self.norm, placement=self.placement, norm_eps=self.norm_eps, dropout=self.dropout,
                             learned_positions=self.positions == "learned", mtp=(ahead,) * self.mtp,

@@ -91,7 +91,7 @@ class MLA(nn.Module):
         c, (B, T, _) = self.config, x.shape
         tables, view = layout.rotary[c.rope, c.rope_dim], layout.views[None]
         q = self.q(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
-        q_plain, q_rope = q.view(B, T, c.heads, -1).split([c.plain_dim, c.rope_dim], dim=-1)   # (B, T, H, P), (.., R)
+        q_plain, q_rope = q.view(B, T, -1, c.key_dim).split([c.plain_dim, c.rope_dim], dim=-1)   # (B, T, H, P), (.., R)
         latent, k_rope = self.kv_down(x).split([c.kv_rank, c.rope_dim], dim=-1)                # (B, T, C), (B, T, R)
         latent = self.kv_norm(latent)
         q_rope = rotate(q_rope, *tables, interleaved=c.rope.interleaved)
@@ -107,8 +107,9 @@ class MLA(nn.Module):
     def expanded(self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view) -> Tensor:
         """Every head's keys and values made from the latents: (B, T, H, V)."""
         c = self.config
-        k_plain, v = self.kv_up(latent).unflatten(-1, (c.heads, -1)).split([c.plain_dim, c.value_dim], dim=-1)
-        k = torch.cat([k_plain, k_rope[:, :, None].expand(-1, -1, c.heads, -1)], dim=-1)       # (B, S, H, P + R)
+        k_plain, v = self.kv_up(latent).unflatten(-1, (-1, c.plain_dim + c.value_dim)).split(
+            [c.plain_dim, c.value_dim], dim=-1)
+        k = torch.cat([k_plain, k_rope[:, :, None].expand(*k_plain.shape[:3], -1)], dim=-1)       # (B, S, H, P + R)
         return attend(torch.cat([q_plain, q_rope], dim=-1), k, v, view, scale=c.scale)
 
     def absorbed(self, q_plain: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, view) -> Tensor:

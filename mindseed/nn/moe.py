@@ -149,8 +149,11 @@ class MoE(nn.Module):
         place[order] = torch.arange(len(order), device=order.device)              # where each visit was put
         token = order.div(chosen.shape[1], rounding_mode="floor")
         h = Dispatch.apply(x, token, place)                                       # (N k, D)
-        h = grouped_swiglu(h, self.gate.dense(), self.up.dense(), self.down.dense(), counts)
-        return Combine.apply(h, weights, token, order, place)
+        return Combine.apply(self.answers(h, counts), weights, token, order, place)
+
+    def answers(self, h: Tensor, counts: Tensor) -> Tensor:
+        """What the experts make of their visits h (N k, D), `counts` (E,) of them in turn."""
+        return grouped_swiglu(h, self.gate.dense(), self.up.dense(), self.down.dense(), counts)
 
     def auxiliary(self, logits: Tensor, shares: Tensor, chosen: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Losses per token, (B, T) each, already weighed."""

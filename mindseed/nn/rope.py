@@ -159,7 +159,8 @@ def rope_tables(config: RopeConfig, head_dim: int, positions: Tensor, dtype: tor
     frequency, factor = frequencies(config, head_dim, length)
     if frequency.dim() > 1:                                                       # every row has its own
         frequency = frequency[:, None, None]
-    angle = positions[..., None, None] * frequency.to(positions.device)           # (B, T, 1, K/2)
+    frequency = frequency.to(positions.device, non_blocking=True)                 # no need to wait for a GPU
+    angle = positions[..., None, None] * frequency                                # (B, T, 1, K/2)
     cos, sin = angle.cos(), angle.sin()
     if factor != 1:
         cos, sin = cos.mul_(factor), sin.mul_(factor)

@@ -72,9 +72,10 @@ class SFT:
     def of_tokens(self, output: Output, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(negative log-likelihood, the same with smoothing and z-loss), summed by weight."""
         counted = weights != 0                    # of a conversation often a fifth: the head is spared the rest
-        output = output.at(counted)
-        logps, lse = output.logps_and_lse(targets[counted][None])                 # (1, n) each
-        weights = weights[counted].to(logps.dtype)
+        index = counted.flatten().nonzero()[:, 0]             # the one thing here that a GPU is waited for
+        output = output.at(index)
+        logps, lse = output.logps_and_lse(targets.flatten()[index][None])         # (1, n) each
+        weights = weights.flatten()[index].to(logps.dtype)
         nll = -(logps * weights).sum()
         total = nll
         if self.label_smoothing:

@@ -1,0 +1,88 @@
+"""Which models can be shared out in which way: every reason why a mesh does not suit a model, found before any process
+waits for another.
+
+A matrix is split over heads, features of a feed-forward, words of the vocabulary or experts, so each of these numbers
+must be a multiple of its axis; what mixes tokens in another way than attention cannot be split by heads or by parts of
+the sequence at all.
+"""
+from __future__ import annotations
+
+from mindseed.base.mesh import STAGES, ParallelOptions
+from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.nn.alibi import AlibiConfig
+from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.linear_attention import DeltaConfig
+from mindseed.nn.moe import MoEConfig
+
+
+def splitting_problems(config: LMConfig, options: ParallelOptions, *, seq_len: int | None = None,
+                       micro_batch: int | None = None) -> list[str]:
+    """A line for everything in the model, its rows or its batches that does not go with the mesh."""
+    layers = [(f"layer {i}", layer) for i, layer in enumerate(config.layers)]
+    layers += [(f"prediction module {i}", layer) for i, layer in enumerate(config.mtp)]
+    found = [line for name, layer in layers for line in layer_problems(name, layer, options)]
+    if options.expert > 1 and not any(isinstance(layer.ffn, MoEConfig) for _, layer in layers):
+        found.append(f"parallel.expert={options.expert}: this model has no experts")
+    seq_len, tensor = seq_len or config.seq_len, options.tensor
+    if config.vocab_size % tensor:
+        found.append(f"a vocabulary of {config.vocab_size} is no multiple of parallel.tensor={tensor}")
+    if tensor > 1 and options.sequence and seq_len % tensor:
+        found.append(f"rows of {seq_len} tokens are no multiple of parallel.tensor={tensor}, over which sequence "
+                     "parallel cuts them; give parallel.sequence=false or another data.seq_len")
+    if seq_len % (2 * options.context) and options.context > 1:
+        found.append(f"rows of {seq_len} tokens are no multiple of {2 * options.context}: context parallel gives each "
+                     "rank one piece from the front and one from the back")
+    found += pipe_problems(config, options, micro_batch)
+    for axis, sizes in (("tensor with sequence", tensor if options.sequence else 1), ("context", options.context),
+                        ("pipe", options.pipe)):
+        if sizes > 1 and config.mtp:
+            found.append(f"parallel.{axis} and multi-token prediction: its modules read tokens that other ranks hold")
+    return list(dict.fromkeys(found))
+
+
+def pipe_problems(config: LMConfig, options: ParallelOptions, micro_batch: int | None) -> list[str]:
+    found, stages = [], options.pipe * STAGES[options.schedule]
+    if options.pipe == 1:
+        return found
+    if len(config.layers) < stages:
+        found.append(f"{len(config.layers)} layers are fewer than the {stages} stages of parallel.pipe={options.pipe} "
+                     f"with the {options.schedule} schedule")
+    if config.tied:
+        found.append("parallel.pipe: the embedding lies on the first stage and the head on the last, so they cannot be "
+                     "one matrix; give model.tied=false")
+    pieces = options.microbatches or 2 * stages
+    if micro_batch is not None and micro_batch % pieces:
+        found.append(f"loop.micro_batch={micro_batch} cannot be cut into {pieces} pieces of equal size for the "
+                     "pipeline (parallel.microbatches)")
+    if options.schedule == "interleaved" and pieces % options.pipe:
+        found.append(f"the interleaved schedule takes a number of pieces that is a multiple of parallel.pipe="
+                     f"{options.pipe}; parallel.microbatches is {pieces}")
+    if options.schedule == "dualpipe-v" and pieces < stages:
+        found.append(f"the dualpipe-v schedule takes at least {stages} pieces (parallel.microbatches), here {pieces}")
+    return found
+
+
+def layer_problems(name: str, layer: LayerConfig, options: ParallelOptions) -> list[str]:
+    found, mixer, ffn, tensor = [], layer.mixer, layer.ffn, options.tensor
+    if isinstance(mixer, DeltaConfig):
+        found += [f"{name}: linear attention cannot be split over parallel.{axis}" for axis in ("tensor", "context")
+                  if getattr(options, axis) > 1]
+    else:
+        for what in ("heads", "kv_heads"):
+            if getattr(mixer, what, tensor) % tensor:
+                found.append(f"{name}: {what}={getattr(mixer, what)} is no multiple of parallel.tensor={tensor}")
+    if isinstance(mixer, GQAConfig) and isinstance(mixer.positions, AlibiConfig):
+        found += [f"{name}: ALiBi's slopes cannot be split over parallel.{axis}" for axis in ("tensor", "context")
+                  if getattr(options, axis) > 1]
+    if isinstance(ffn, MoEConfig):
+        if ffn.experts % options.expert:
+            found.append(f"{name}: experts={ffn.experts} is no multiple of parallel.expert={options.expert}")
+        for what in ("expert_dim", "shared_dim"):
+            if getattr(ffn, what) % tensor:
+                found.append(f"{name}: {what}={getattr(ffn, what)} is no multiple of parallel.tensor={tensor}")
+        if ffn.sequence_weight and options.context > 1:
+            found.append(f"{name}: the balance within every row (sequence_weight) needs whole rows, which "
+                         "parallel.context cuts")
+    elif ffn.ffn_dim % tensor:
+        found.append(f"{name}: ffn_dim={ffn.ffn_dim} is no multiple of parallel.tensor={tensor}")
+    return found
