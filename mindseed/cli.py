@@ -30,6 +30,7 @@ RECIPES = {                                       # in the order in which a newc
     "synthesize": "have a teacher answer prompts, and write what is worth learning from",
     "r1": "from a base model to a reasoner and its small student, stage by stage",
     "extend": "lengthen a model's context, and measure how far it sees",
+    "scaling-law": "fit how loss falls over small runs, and predict a larger one",
     "convert": "read and write other model formats",
 }
 ELSEWHERE = {                                     # what other projects call them
