@@ -397,7 +397,8 @@ def normalise(argv: list[str], known: dict[str, Leaf], positional: list[Leaf], p
                 out += [f"--{name}", leaf.field.metadata["bare"]]
             elif bool in typing.get_args(leaf.type) and not eq and not follows:
                 out += [f"--{name}", "True"]
-            elif leaf.optional and (given := value if eq else rest[0] if follows else "").lower() in leaf.words:
+            elif (leaf.optional or bool in typing.get_args(leaf.type)) and (
+                    given := value if eq else rest[0] if follows else "").lower() in leaf.words:
                 out, i = [*out, f"--{name}", leaf.words[given.lower()]], i if eq else i + 1
             else:
                 out.append(f"--{name}{eq}{value}")

@@ -1,13 +1,41 @@
-"""Which of how many processes this is. One process is the case where every call here does nothing."""
+"""Which of how many processes this is, and which share of the work is its own. One process is the case where every call
+here does nothing.
+
+Processes that share a batch hold different tokens, and sums go over these alone. Unless a mesh says otherwise
+(parallel/mesh.py calls `share`), that is every process, each with rows of its own.
+"""
 from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 from typing import Any, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mindseed.base.errors import UserError
+from mindseed.base.watch import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This process's part of a batch. `group` are the ranks that hold other tokens of it, None: all."""
+
+    row_rank: int                                 # which rows are read here,
+    row_ranks: int                                # of how many shares
+    parts: int                                    # how many ranks hold different tokens
+    group: dist.ProcessGroup | None
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")    # gloo, nccl
+SHARE: list[Share] = []                           # at most one: the mesh in use
+
+
+def share(mine: Share | None) -> None:
+    """Say what this process's part is, or (None) that all processes hold rows of their own."""
+    SHARE[:] = [mine] if mine else []
 
 
 def rank() -> int:
@@ -16,6 +44,21 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def row_rank() -> int:
+    """Which of the shares of rows is read here. Ranks that work on the same rows have the same one."""
+    return SHARE[0].row_rank if SHARE else rank()
+
+
+def row_ranks() -> int:
+    """How many shares of rows there are."""
+    return SHARE[0].row_ranks if SHARE else world_size()
+
+
+def parts() -> int:
+    """How many ranks hold different tokens of a batch: as many as gradients are averaged over."""
+    return SHARE[0].parts if SHARE else world_size()
 
 
 def is_main() -> bool:
@@ -29,30 +72,51 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun set up, with nccl on CUDA and gloo elsewhere; leave it at the end."""
-    if not launched():
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Join the group that torchrun set up, with nccl on CUDA and gloo elsewhere; leave it at the end. If this rank
+    fails, or another, all end."""
+    watch = None
+    if launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        watch = Watch(rank(), world_size()) if world_size() > 1 else None
+        if watch:
+            watch.start()
+    word: str | None = None
     try:
         yield
+    except RuntimeError as error:
+        word = str(error)
+        if watch is None or not any(sign in word for sign in LOST):
+            raise
+        gone, word = watch.last_word(), None      # of the rank that failed first
+        raise UserError(gone or f"another rank of this run is gone ({str(error).splitlines()[0]})") from None
+    except BaseException as error:
+        word = str(error) or type(error).__name__
+        raise
     finally:
-        dist.destroy_process_group()
+        if watch:
+            watch.stop(word)
+        share(None)
+        if dist.is_initialized():                 # ZeRO on one process makes a group of its own
+            dist.destroy_process_group()
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum over all ranks, as a new tensor without gradient."""
+    """The sum over all ranks that hold different tokens, as a new tensor without gradient."""
     x = x.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=SHARE[0].group if SHARE else None)
     return x
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on all ranks when it is true on one."""
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item()) if dist.is_initialized() else flag
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return bool(flags.item())
 
 
 def gather(value: Any) -> list[Any]:
@@ -64,6 +128,25 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def agree(**facts: str) -> None:
+    """Raise UserError, on every rank, with all facts that are not the same everywhere. A collective call."""
+    every, lines = gather(facts), []
+    for name in facts:
+        values = [found.get(name) for found in every]
+        groups = {value: [i for i, v in enumerate(values) if v == value] for value in dict.fromkeys(values)}
+        if len(groups) > 1:
+            told = "; ".join(f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}"
+                             f"{', ...' * (len(ranks) > 8)}: {value}" for value, ranks in groups.items())
+            lines.append(f"  {name.replace('_', ' ')}: {told}")
+    if lines:
+        raise UserError("the ranks of this run do not agree, so they would not train one model:\n" + "\n".join(lines))
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor that is spread over ranks (a DTensor), sharing memory; any other as it is."""
+    return x.detach().to_local() if hasattr(x, "to_local") else x

@@ -204,10 +204,15 @@ def require_folder(folder: Path) -> Path:
     return folder
 
 
+def config_of(folder: Path | str) -> LMConfig:
+    """The configuration of a model directory's model, without its weights."""
+    folder = require_folder(Path(folder))
+    return read_config(*read_files(folder), folder)[1]
+
+
 def context_of(folder: Path | str) -> int:
     """Tokens of the context that a model directory's model was trained on."""
-    folder = require_folder(Path(folder))
-    return read_config(*read_files(folder), folder)[1].seq_len
+    return config_of(folder).seq_len
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,6 +7,8 @@ from typing import Iterator
 import torch
 from torch import nn
 
+from mindseed.base.dist import local
+
 
 class EMA:
     """average <- decay * average + (1 - decay) * weight, after each step, of the weights that learn.
@@ -32,7 +34,8 @@ class EMA:
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.average.values()), list(self.weights().values()), 1 - decay)
+        averages, weights = ([local(x) for x in some.values()] for some in (self.average, self.weights()))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

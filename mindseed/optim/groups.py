@@ -121,8 +121,8 @@ def build_optimizers(groups: list[Group], config: OptimConfig) -> list[torch.opt
     optimizers: list[torch.optim.Optimizer] = []
 
     def options(kind: str) -> list[dict]:
-        return [{"params": g.params, "weight_decay": g.weight_decay, "lr_scale": g.lr_scale}
-                for g in groups if g.optimizer == kind]
+        return [{"params": params, "weight_decay": g.weight_decay, "lr_scale": g.lr_scale}
+                for g in groups if g.optimizer == kind for params in by_mesh(g.params)]
 
     if adamw := options("adamw"):
         optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps,
@@ -134,6 +134,14 @@ def build_optimizers(groups: list[Group], config: OptimConfig) -> list[torch.opt
     if config.states == "paged" and all(p.is_cuda for g in groups for p in g.params):
         return [Paged(optimizer) for optimizer in optimizers]
     return optimizers
+
+
+def by_mesh(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that lie on the same mesh together: a fused update takes no others in one call."""
+    found: dict[object, list[nn.Parameter]] = {}
+    for p in params:
+        found.setdefault((getattr(p, "device_mesh", None), len(getattr(p, "placements", ()))), []).append(p)
+    return list(found.values())
 
 
 def group_table(groups: list[Group]) -> list[tuple[str, ...]]:

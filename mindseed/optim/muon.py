@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mindseed.base.dist import local
 from mindseed.base.hardware import fast_bfloat16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)          # steep at 0, stays near 1: singular values land in about [0.7, 1.2]
@@ -49,13 +50,31 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             momenta.append(state["momentum"])
-        grads = [p.grad for p in params]
+        grads, momenta, own = ([local(x) for x in some] for some in ([p.grad for p in params], momenta, params))
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])            # Nesterov: look one step ahead
-        updates = orthogonalise(torch.stack(ahead), group["iterations"])          # (n, ..., rows, columns)
+        updates = orthogonalise(torch.stack([gathered(x, p) for x, p in zip(ahead, params)]), group["iterations"])
         scale = 0.2 * max(params[0].shape[-2:]) ** 0.5
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+        updates = [slice_of(x, p) for x, p in zip(updates.to(own[0].dtype), params)]        # (..., rows, columns) each
+        torch._foreach_add_(own, updates, alpha=-group["lr"] * scale)
+
+
+def gathered(x: Tensor, like: Tensor) -> Tensor:
+    """The whole matrix of which x is this rank's slice: singular values of slices say nothing of those of the whole."""
+    if not hasattr(like, "placements"):
+        return x
+    from torch.distributed.tensor import DTensor
+    where = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(x, like.device_mesh, like.placements, **where).full_tensor()
+
+
+def slice_of(x: Tensor, like: Tensor) -> Tensor:
+    """This rank's slice of a whole matrix."""
+    if not hasattr(like, "placements"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:

@@ -8,9 +8,12 @@ import torch
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.hardware import fast_bfloat16, total_memory
-from mindseed.base.log import bytes_text, warn
+from mindseed.base.log import bytes_text, say, table, warn
+from mindseed.models.lm import LM
+from mindseed.quant.fp8 import FP8Coverage, Scaling, to_fp8
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8: dict[str, Scaling] = {"fp8": "tensor", "fp8-block": "block"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} | dict.fromkeys(FP8, torch.bfloat16)
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,6 +47,18 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type != "cpu":
         return "fp32"
     return "bf16" if fast_bfloat16() else "fp32"
+
+
+def multiply_in(model: LM, precision: str) -> None:
+    """Let the Linears of a model multiply in fp8 if that is the precision, and say which do. UserError if none can."""
+    if precision not in FP8:
+        return
+    found = to_fp8(model, FP8[precision])
+    if dist.is_main():
+        table("products in fp8", FP8Coverage.HEADER, found.rows)
+        say(f"fp8        {found}; all else is in bf16")
+        if found.emulated:
+            warn(f"products in fp8 are emulated, at a fraction of the speed of bf16: {found.emulated}")
 
 
 def warn_if_too_big(need: int, device: torch.device) -> None:

@@ -196,7 +196,7 @@ def distiller(options: TrainOptions, model: LM, tokenizer: Any, device: torch.de
 
 def source_of(options: TrainOptions, model: LM, rows: Rows, tokenizer: Any, parent: Loaded | None) -> Source:
     """Rows in the order of the stream, read ahead; or, on-policy, what the student writes, which must not be."""
-    given, ranks = options.distill, {"rank": dist.rank(), "world": dist.world_size()}
+    given, ranks = options.distill, {"rank": dist.row_rank(), "world": dist.row_ranks()}
     stream = RowSource(rows, batch_size=options.loop.micro_batch, **ranks)
     if options.method != "distill" or not given.on_policy:
         return Prefetch(stream)
@@ -216,9 +216,9 @@ def measure(backend: Any, objective: Objective, batches: Any, device: torch.devi
     """The objective's loss and metrics on held-out rows, by all ranks together."""
     sums: dict[str, torch.Tensor] = {}
     count = torch.zeros((), device=device)
-    every = list(batches) if dist.world_size() > 1 and not objective.splittable else batches
+    every = list(batches) if dist.row_ranks() > 1 and not objective.splittable else batches
     for i, batch in enumerate(every):
-        if i % dist.world_size() != dist.rank() and objective.splittable:
+        if i % dist.row_ranks() != dist.row_rank() and objective.splittable:
             continue
         batch = objective.prepare(batch.to(device))
         for name, value in backend.judged(batch).items():

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from mindseed.base.config import diff, option
 from mindseed.base.errors import UserError
+from mindseed.base.mesh import ParallelOptions
 from mindseed.interop.directory import context_of
+from mindseed.nn.recompute import Recompute
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig
 from mindseed.optim.schedule import ScheduleConfig
@@ -22,6 +24,7 @@ from mindseed.recipes.post_options import (DistillOptions, DPOOptions, KTOOption
                                             RewardModelOptions)
 
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
+TrainPrecision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "fp8-block"]
 Resume = Literal["never", "newest", "auto"]
 LONGEST = 1 << 24                                 # tokens of a row; more would be a slip of the finger
 ROW = 512                                         # tokens of a row where nothing says otherwise
@@ -87,16 +90,21 @@ class LoopOptions:
                                           "gradient_accumulation_steps ROWS, those of all micro-batches of a step"))
     micro_batch: int | None = option(None, help="rows per forward pass and rank [derived: up to 4096 tokens]",
                                      elsewhere=("batch_size", "per_device_train_batch_size"))
-    precision: PrecisionChoice = option("auto",
-                                        help="auto: bf16 where it is the faster one, else fp32; masters are fp32",
-                                        elsewhere=("dtype", "bf16 bf16", "fp16 fp16"))
+    precision: TrainPrecision = option("auto",
+                                       help="auto: bf16 where it is the faster one, else fp32; masters are fp32; fp8: "
+                                            "bf16 with products of Linears in 8 bits, on an H100 or later, with "
+                                            "--loop.compile; fp8-block: the same, with a scale for each 128 values",
+                                       elsewhere=("dtype", "bf16 bf16", "fp16 fp16"))
     compile: bool = option(False, help="compile each block with torch.compile",
                            elsewhere=("use_compile", "torch_compile"))
-    attention: Literal["auto", "flex"] = option(
-        "auto", help="flex: FlexAttention for packed rows and windows, on a GPU; auto: torch's fused attention, on a "
-                     "CPU our own in blocks")
-    recompute: bool = option(False, help="recompute activations in the backward pass: less memory, a third more work",
-                             elsewhere=("gradient_checkpointing",))
+    attention: Literal["auto", "sdpa", "flex", "flash"] = option(
+        "auto", help="sdpa: torch's fused attention, which reads a mask of all pairs where rows are packed; flex: "
+                     "torch's FlexAttention, and flash: our FlashAttention in Triton (a lesson in torch on a CPU), "
+                     "which pass over what packing and windows hide; auto: sdpa, on a CPU our own in blocks")
+    recompute: Recompute = option(False,
+                                  help="make activations again in the backward pass: a block keeps its input alone, "
+                                       "for a third more work; selective: also what is dear, so that only what is "
+                                       "cheap is made again", elsewhere=("gradient_checkpointing",))
     ema: float | None = option(None,
                                help="keep a moving average of the weights with this decay, and save it as the model")
     validate_every: int | None = option(None, help="steps between validations, 0: never [derived: a tenth of all]",
@@ -105,6 +113,7 @@ class LoopOptions:
     sample_every: int | None = option(None, help="steps between printed samples, 0: never [derived: a quarter of all]")
     save_every: int | None = option(None, help="steps between checkpoints, 0: only the last [derived: a tenth of all]",
                                     elsewhere=("save_steps", "save_interval STEPS, those of the optimiser"))
+    background_save: bool = option(True, help="weights that are spread over ranks are saved while training goes on")
     keep: int = option(2, help="checkpoints kept, besides the best one", elsewhere=("save_total_limit",))
 
     def __post_init__(self) -> None:
@@ -148,6 +157,7 @@ class TrainOptions:
     distill: DistillOptions = field(default_factory=DistillOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     loop: LoopOptions = field(default_factory=LoopOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:

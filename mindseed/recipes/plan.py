@@ -1,105 +1,143 @@
-"""What a run would cost before its first step: parameters, arithmetic, memory and time.
+"""What a run would cost before its first step: parameters, arithmetic, memory, communication, time and money.
 
   mindseed plan --depth 8                          the dial
   mindseed plan configs/real-cpu.toml --loop.batch 64      the preset and flags of a `mindseed train` command
-  mindseed plan configs/small-gpu.toml --gpu H100 --world 8      before such a machine is rented
+  mindseed plan llama3.1-8b --gpus 64 --hardware h100 --parallel.zero 3      before such machines are rented
+  mindseed plan llama3.1-405b --gpus 16384 --hardware h100 --search      the best mesh of all that fit
   mindseed plan --depth 12 --lora.rank 8 --lora.nf4        fine-tuned by QLoRA: adapters beside a base in four bits
+  mindseed plan --measure                          time this machine once, so that its plans are computed too
 
-Parameters, cache and FLOPs are exact; activations agree with what autograd keeps within 2%; the time rests on an
-assumed utilisation (`--mfu`) of the device's peak, which is the data sheet's or measured here.
+Parameters, cache and FLOPs are exact; memory agrees with measurements within a few percent. The time of a step is
+computed from the data sheet and what devices attain of it, or from measurements of this machine; `--mfu` overrides it.
+docs/PLANNING.md says what stands behind every figure, and how near plans came to published runs.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mindseed.base import dist
-from mindseed.base.config import option
+from mindseed.base.config import option, suggestion
 from mindseed.base.errors import UserError
-from mindseed.base.hardware import PEAKS, Peak, peak
-from mindseed.base.log import YEAR_S, bytes_text, duration, say, si, table, units, warn
+from mindseed.base.hardware import fast_bfloat16, peak, total_memory
+from mindseed.base.log import bytes_text, say, warn
 from mindseed.data.shards import Prepared
+from mindseed.interop.directory import config_of
 from mindseed.models.config import LMConfig
-from mindseed.models.describe import describe
+from mindseed.models.presets import PRESETS
+from mindseed.models.splitting import splitting_problems
 from mindseed.models.upcycle import upcycled_config
 from mindseed.plan.flops import Flops, flops_per_token
-from mindseed.plan.memory import TrainMemory, cache_bytes, cache_bytes_per_token, plan_memory, token_ratio
-from mindseed.plan.params import Params, adapter_matrices, count_params
+from mindseed.plan.job import Job
+from mindseed.plan.machines import Machine, machine
+from mindseed.plan.measure import cache_path, load_machine, measure_machine, save_machine
+from mindseed.plan.memory import memory_of
+from mindseed.plan.params import count_params
+from mindseed.plan.published import PUBLISHED, published
+from mindseed.plan.search import ROOM, Plan, nearest, search
+from mindseed.plan.time import step_time
+from mindseed.recipes import plan_picture, plan_tables
+from mindseed.recipes.machine import choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.options import TrainOptions, derive, with_rows
-from mindseed.recipes.machine import DTYPES, choose_device, choose_precision, warn_if_too_big
 
-MEMORY_ROWS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimiser state",
-               "ema": "moving average", "casts": "narrow copies of weights",
-               "activations": "activations of a micro-batch", "logits": "one chunk of logits"}
+ASSUMED_MFU = 0.4                                 # of a machine that is neither in the table nor measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TrainOptions):
-    gpu: str | None = option(None, help="plan for a GPU that is not here, by its name on the data sheet: H100, A100, "
-                                        "RTX 4090 ...")
-    mfu: float = option(0.4, help="share of the device's peak that training is assumed to reach")
-    world: int | None = option(None, help="number of devices [derived: 1]")
+    name: str | None = option(None, positional=True, help="a preset of model.preset, a published model "
+                                                          f"({', '.join(PUBLISHED)}), or a model directory")
+    hardware: str | None = option(None, alias="gpu", help="plan for a device that is not here, by its name on the data "
+                                                          "sheet: H100, A100, RTX 4090 ...")
+    gpus: int | None = option(None, alias="world", help="number of devices [derived: 1]")
+    node: int | None = option(None, help="devices of a node [derived: 8, as far as the table knows]")
+    network: float | None = option(None, help="Gbit/s between nodes, for every device [derived: from the table]")
+    mfu: float | None = option(None, help="share of the device's peak that training reaches [derived: from the time of "
+                                          "every kernel and transfer]")
+    tokens: float | None = option(None, help="tokens of the whole run [derived: as training would]")
+    price: float | None = option(None, help="US dollars for an hour of a device [derived: an assumption]")
+    search: bool = option(False, help="try every mesh, and show the best and why others do not fit")
+    keep: int = option(5, help="with search: how many of the best are shown")
+    measure: bool = option(False, help="time products, attention, memory and steps of this machine, and remember them")
+    machine: str | None = option(None, help="file of such measurements [derived: in your cache folder]")
+    picture: str | None = option(None, help="write a picture (png, svg, pdf) of memory and time: needs matplotlib")
 
     def __post_init__(self) -> None:
-        if not 0 < self.mfu <= 1:
+        super().__post_init__()
+        if self.mfu is not None and not 0 < self.mfu <= 1:
             raise ValueError(f"mfu={self.mfu} must lie in (0, 1]")
-        if self.world is not None and self.world < 1:
-            raise ValueError(f"world={self.world} must be at least 1")
+        for name in ("gpus", "node", "keep", "network", "tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < (1 if name in ("gpus", "node", "keep") else 0):
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.price is not None and self.price < 0:
+            raise ValueError(f"price={self.price} must not be negative")
 
 
 def main(options: Options) -> None:
-    options = with_rows(options)
-    device = options.gpu.upper() if options.gpu else choose_device(options.device)
-    world = options.world or dist.world_size()
-    config = model_config(options)
-    params = count_params(config)
-    precision, top = pace(options, device)
-    loop, seq_len = options.loop, options.data.seq_len
-    flops = flops_per_token(config, seq_len, recompute=loop.recompute)
-    speed = world * top.flops * options.mfu / flops.model                        # tokens per second
-    options = derive(options, params=params.active, rows_per_epoch=rows_per_epoch(options), world=world,
-                     tokens=loop.minutes and 60 * loop.minutes * speed)
-    loop = options.loop
-    memory = plan_memory(config, batch_size=loop.micro_batch, seq_len=seq_len, itemsize=DTYPES[precision].itemsize,
-                         optimizer=options.optim.kind, ema=loop.ema is not None, recompute=loop.recompute,
-                         lora_rank=options.lora.rank, nf4=options.lora.nf4, states=options.optim.states,
-                         paged=not isinstance(device, torch.device) or device.type == "cuda")
+    if options.measure:
+        return remember_machine(options)
+    options, config = the_model(options)
+    board, device = the_machine(options)
+    world, params = options.gpus or dist.world_size(), count_params(config)
+    job = the_job(options, config, board, device, world)
+    flops = flops_per_token(config, job.seq_len, recompute=job.recompute)
+    if options.search:
+        return show_search(options, config, job, board, flops)
+    if job.pieces > 1 and options.loop.micro_batch is None:  # a pipeline's micro-batch is cut into pieces
+        options = replace(options, loop=replace(options.loop, micro_batch=job.rows))
+    computed = computable(board, options)
+    speed = tokens_per_s(options, config, job, board, flops)
+    options = derive(options, params=params.active, rows_per_epoch=rows_per_epoch(options), world=job.sizes.data,
+                     tokens=options.tokens or options.loop.minutes and 60 * options.loop.minutes * speed)
+    job = replace(job, rows=options.loop.micro_batch, accumulate=max(1, options.loop.batch // (
+        options.loop.micro_batch * job.sizes.data)))
+    check(config, job)
+    memory = memory_of(config, job)
+    time = step_time(config, job, board) if computed else None
+    speed = time.tokens_per_s if time else speed
 
-    show_model(config, params, options.lora.rank)
+    plan_tables.show_model(config, params, options.lora.rank)
     if options.lora.targets:
         warn("memory is that of adapters beside every matrix of the blocks; with lora.targets it is less")
-    show_flops(flops)
-    show_memory(memory, device, loop.micro_batch, seq_len)
-    show_run(options, params, flops, speed=speed,
-             machine=f"{world} x {device}, {units(top.flops, 'FLOP/s')} in {precision} ({top.source})")
-    say(f"\ndecoding   {bytes_text(cache_bytes_per_token(config))} of cache per token in bf16, "
-        f"{bytes_text(cache_bytes(config, config.seq_len))} for a context of {config.seq_len}; "
-        f"{bytes_text(2 * (params.total - params.mtp))} of weights")
+    plan_tables.show_flops(flops)
+    plan_tables.show_memory(memory, job, board)
+    warn_of_memory(config, job, board, device, memory.total)
+    if time:
+        plan_tables.show_time(time)
+        plan_tables.show_transfers(time)
+    plan_tables.show_run(options, params, flops, job, board, speed=speed, mfu=time.mfu if time else options.mfu or
+                         ASSUMED_MFU, price=board.price if options.price is None else options.price)
+    plan_tables.show_decoding(config, params)
+    if options.picture:
+        plan_picture.draw(config, variants(config, job, board), board, Path(options.picture))
 
 
-def pace(options: Options, device: torch.device | str) -> tuple[str, Peak]:
-    """(precision, peak) of a device that is here, or of one that is only named."""
-    if isinstance(device, torch.device):
-        precision = choose_precision(options.loop.precision, device)
-        return precision, peak(device, DTYPES[precision])
-    known = {name.upper(): figures for name, figures in PEAKS}
-    if device not in known:
-        raise UserError(f"gpu={options.gpu} is not in the table of data sheets; choose one of {', '.join(known)}")
-    asked = options.loop.precision
-    precision = asked if asked != "auto" else "bf16" if "bf16" in known[device] else "fp16"
-    if precision not in known[device]:
-        raise UserError(f"the data sheet of {device} says nothing of {precision}; give --loop.precision "
-                        f"{' or '.join(name for name in known[device] if name in DTYPES)}")
-    return precision, Peak(flops=known[device][precision] * 1e12, source="data sheet")
+# ------------------------------------------------------------------------------------------------------ what is planned
+
+def the_model(options: Options) -> tuple[Options, LMConfig]:
+    """The model that training would build or start from, or one that has been published."""
+    name = options.name
+    if name in PUBLISHED:
+        asked = options.data.seq_len
+        config = published(name)
+        options = replace(options, data=replace(options.data, seq_len=asked or config.seq_len))
+        return options, replace(config, seq_len=max(config.seq_len, options.data.seq_len))
+    if name is not None and name in PRESETS:
+        options = replace(options, model=replace(options.model, preset=name))
+    elif name is not None and (Path(name) / "config.json").exists():
+        options = replace(options, model=replace(options.model, start=name))
+    elif name is not None:
+        raise UserError(f"{name!r} is neither a preset nor a published model nor a model directory"
+                        f"{suggestion(name, [*PRESETS, *PUBLISHED])}")
+    options = with_rows(options)
+    return options, model_config(options)
 
 
 def model_config(options: TrainOptions) -> LMConfig:
-    """The model that training would build or start from."""
     if options.model.start is not None:
-        from mindseed.interop.directory import load_directory
-        config = options.model.going_on(load_directory(options.model.start).model.config, options.data.seq_len)
+        config = options.model.going_on(config_of(options.model.start), options.data.seq_len)
         mixture = options.model.upcycling()
         return config if mixture is None else upcycled_config(config, mixture)
     vocab_size = options.data.vocab_size
@@ -107,6 +145,68 @@ def model_config(options: TrainOptions) -> LMConfig:
         from mindseed.tokenizers.hf_json import load_tokenizer
         vocab_size = load_tokenizer(options.data.tokenizer).vocab_size
     return options.model.shape(options.depth).lm_config(vocab_size=vocab_size, seq_len=options.data.seq_len)
+
+
+def the_machine(options: Options) -> tuple[Machine, torch.device | None]:
+    """(figures, device): one that is only named has no device here."""
+    if options.hardware is None:
+        device = choose_device(options.device)
+        path = Path(options.machine) if options.machine else cache_path(device)
+        if options.machine or path.exists():
+            board = load_machine(path)
+        else:
+            kind = choose_precision(plain(options), device)
+            top = peak(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[kind])
+            board = Machine(name=str(device), source=top.source, peaks={kind: top.flops}, memory=total_memory(device))
+    else:
+        board, device = machine(options.hardware), None
+    if options.node:
+        board = replace(board, per_node=options.node)
+    return replace(board, network=options.network / 8 * 1e9) if options.network else board, device
+
+
+def plain(options: TrainOptions) -> str:
+    """Of the two precisions in 8 bits, that of all else."""
+    return "bf16" if options.loop.precision.startswith("fp8") else options.loop.precision
+
+
+def the_job(options: Options, config: LMConfig, board: Machine, device: torch.device | None, world: int) -> Job:
+    """A step of `world` devices, as far as it is known before the batch is derived. UserError with everything that is
+    wrong with the mesh."""
+    loop, parallel, precision = options.loop, options.parallel, precision_of(options, board, device)
+    cpu = device is not None and device.type == "cpu"
+    problems = parallel.problems(world) + splitting_problems(config, parallel, seq_len=options.data.seq_len)
+    if problems and not options.search:
+        raise UserError("\n".join(["this cannot be shared out so:", *(f"  {line}" for line in problems)])
+                        if len(problems) > 1 else problems[0])
+    job = Job(rows=1, seq_len=options.data.seq_len, world=world, parallel=parallel, precision=precision,
+              recompute=loop.recompute, optimizer=options.optim.kind, states=options.optim.states,
+              paged=device is None or device.type == "cuda", ema=loop.ema is not None, lora_rank=options.lora.rank,
+              nf4=options.lora.nf4, cpu=cpu, widened=cpu and precision == "bf16" and not fast_bfloat16(),
+              compiled=loop.compile)
+    rows = loop.micro_batch or max(1, 4096 // job.seq_len) * (1 if options.search else job.pieces)
+    return replace(job, rows=rows)
+
+
+def precision_of(options: Options, board: Machine, device: torch.device | None) -> str:
+    asked = options.loop.precision
+    if device is not None:
+        chosen = choose_precision(plain(options), device)
+    else:
+        chosen = plain(options) if asked != "auto" else "bf16" if "bf16" in board.peaks else "fp16"
+    if asked.startswith("fp8"):
+        chosen = "fp8"
+    if chosen not in board.peaks and board.source == "data sheet":
+        raise UserError(f"the data sheet of {board.name} says nothing of {chosen}; give --loop.precision "
+                        f"{' or '.join(name for name in board.peaks if name != 'tf32')}")
+    return chosen
+
+
+def check(config: LMConfig, job: Job) -> None:
+    """What the batch adds to what may be wrong."""
+    problems = splitting_problems(config, job.parallel, seq_len=job.seq_len, micro_batch=job.rows)
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def rows_per_epoch(options: TrainOptions) -> int | None:
@@ -121,49 +221,62 @@ def rows_per_epoch(options: TrainOptions) -> int | None:
     return max(1, tokens // options.data.seq_len)
 
 
-def show_model(config: LMConfig, params: Params, lora_rank: int) -> None:
-    say(f"model      {describe(config)}")
-    parts = [("embedding (and head)" if config.tied else "embedding", params.embedding),
-             ("attention", params.attention), ("feed-forward", params.ffn), ("norms, gates, filters", params.vectors),
-             ("head", params.head), ("multi-token prediction", params.mtp), ("total", params.total)]
-    if params.active != params.total:
-        parts.append(("active for one token", params.active))
-    if lora_rank:
-        parts.append((f"adapters of rank {lora_rank}, which learn", sum(
-            m.entries for m in adapter_matrices(config, lora_rank))))
-    table("parameters", ["part", "number", "share"],
-          [[name, f"{n:,}", f"{n / params.total:.1%}"] for name, n in parts if n])
+# --------------------------------------------------------------------------------------------------------- time, memory
+
+def computable(board: Machine, options: Options) -> bool:
+    """Whether the time of a step follows from the machine, not from an assumed utilisation."""
+    return options.mfu is None and (board.source == "data sheet" and bool(board.units) or board.rates is not None)
 
 
-def show_flops(flops: Flops) -> None:
-    rows = [("forward", flops.forward), ("backward", flops.backward), ("model (what MFU counts)", flops.model),
-            ("computed again", flops.recompute), ("hardware", flops.hardware)]
-    table("arithmetic per token", ["pass", "FLOPs", "of model"],
-          [[name, si(n), f"{n / flops.model:.1%}"] for name, n in rows])
+def tokens_per_s(options: Options, config: LMConfig, job: Job, board: Machine, flops: Flops) -> float:
+    """Before the batch is known: of one micro-batch."""
+    if computable(board, options):
+        return step_time(config, job, board).tokens_per_s
+    top = board.peaks["bf16" if job.precision == "fp8" else job.precision]
+    return job.world * top * (options.mfu or ASSUMED_MFU) / flops.model
 
 
-def show_memory(memory: TrainMemory, device: torch.device | str, micro_batch: int, seq_len: int) -> None:
-    """One device's need; warns where it does not fit."""
-    rows = [[text, bytes_text(n)] for name, text in MEMORY_ROWS.items() if (n := getattr(memory, name))]
-    table(f"memory per device, micro-batch {micro_batch} x {seq_len}", ["what", "bytes"],
-          [*rows, ["total", bytes_text(memory.total)]])
-    if isinstance(device, torch.device):          # of another one the table does not know the memory
-        warn_if_too_big(memory.total, device)
+def warn_of_memory(config: LMConfig, job: Job, board: Machine, device: torch.device | None, need: int) -> None:
+    """Where it does not fit, and the smallest change after which it does."""
+    if device is not None:
+        return warn_if_too_big(need, device)
+    if need <= ROOM * board.memory:
+        return None
+    better = nearest(config, job, ROOM * board.memory)
+    remedy = plan_tables.changes(job, better) if better else "no setting on so few devices: take more of them (--gpus)"
+    warn(f"this needs {bytes_text(need)}, and a {board.name} has {bytes_text(board.memory)}, of which {ROOM:.0%} are "
+         f"to be had; what fits is {remedy}")
 
 
-def show_run(options: Options, params: Params, flops: Flops, *, speed: float, machine: str) -> None:
-    loop, seq_len = options.loop, options.data.seq_len
-    tokens = loop.steps * loop.batch * seq_len
-    table("run", ["what", "value"], [
-        ["steps", f"{loop.steps:,}"],
-        ["tokens per step", f"{loop.batch * seq_len:,} ({loop.batch} rows of {seq_len})"],
-        ["tokens", si(tokens)],
-        ["tokens per parameter", f"{token_ratio(params, tokens):.1f} (compute-optimal: 20)"],
-        ["learning rate", f"{options.optim.lr:g}"],
-        ["arithmetic", units(tokens * flops.model, "FLOP")],
-        ["device", machine],
-        [f"speed at mfu {options.mfu:.0%}", f"{si(speed)} tok/s"],
-        ["time", duration(tokens / speed)]])
-    if tokens / speed > YEAR_S:
-        warn(f"this run would take {duration(tokens / speed)}; take a smaller model (--depth), fewer tokens "
-             "(loop.steps, loop.minutes), or more devices (--world)")
+def variants(config: LMConfig, job: Job, board: Machine) -> list[Plan]:
+    """The plan, and what other stages of ZeRO and recomputation would make of it."""
+    jobs = [replace(job, recompute=recompute, parallel=replace(job.parallel, zero=zero))
+            for zero in ((0, 1, 2, 3) if job.sizes.data > 1 else (job.parallel.zero,)) for recompute in (False, True)
+            if zero or job.parallel.replicas == 1 and not job.parallel.offload]
+    jobs = [one for one in jobs if not one.parallel.problems(one.world)]
+    return [Plan(one, memory_of(config, one), step_time(config, one, board)) for one in jobs]
+
+
+def show_search(options: Options, config: LMConfig, job: Job, board: Machine, flops: Flops) -> None:
+    params = count_params(config)
+    if not computable(board, options):
+        raise UserError("--search compares times: give --hardware, or `mindseed plan --measure` this machine first")
+    probe = tokens_per_s(options, config, replace(job, world=1, parallel=type(job.parallel)()), board, flops)
+    derived = derive(options, params=params.active, rows_per_epoch=rows_per_epoch(options), world=1,
+                     tokens=options.tokens or options.loop.minutes and 60 * options.loop.minutes * probe * job.world)
+    found = search(config, job, board, rows=derived.loop.batch, keep=options.keep)
+    plan_tables.show_model(config, params, options.lora.rank)
+    plan_tables.show_found(found, board, derived.loop.batch, derived.loop.steps,
+                           board.price if options.price is None else options.price, options)
+    if options.picture and found.plans:
+        plan_picture.draw(config, found.plans, board, Path(options.picture))
+
+
+def remember_machine(options: Options) -> None:
+    """Time this machine and write down what it can do."""
+    device = choose_device(options.device)
+    path = Path(options.machine) if options.machine else cache_path(device)
+    board = measure_machine(device, say=say)
+    save_machine(board, path)
+    plan_tables.show_machine(board)
+    say(f"\nremembered in {path}; plans for this machine are computed from it")

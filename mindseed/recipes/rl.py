@@ -33,7 +33,10 @@ from mindseed.models.describe import describe
 from mindseed.models.heads import add_value_head, score
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
+from mindseed.parallel.mesh import make_mesh
+from mindseed.parallel.parallelize import parallelize
 from mindseed.recipes import adapter
+from mindseed.recipes.launch import backend_of, check_ranks, gathers_in_bf16
 from mindseed.recipes.machine import DTYPES, choose_precision
 from mindseed.recipes.rl_options import RLOptions, advantage_of, derive, objective_of, without_effect
 from mindseed.recipes.run_folder import alone_in_its_folder, carried_out, open_run, options_of_run, say_changes
@@ -68,6 +71,8 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
     if dist.is_main():
         for line in without_effect(options):
             warn(line)
+    check_ranks(options)
+    mesh = make_mesh(options.parallel, device)
     options = derive(options)
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
     loaded = load_directory(options.model.start, device=device)
@@ -79,9 +84,10 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
         adapter.show(cover, options.lora)
 
     objective = objective_of(options)
+    reference = reference_of(options, policy, device)
+    parallelize(model, mesh, bf16=gathers_in_bf16(options, device))
     groups = parameter_groups(model, options.optim)
-    backend = NativeBackend(model, objective, build_optimizers(groups, options.optim), precision=options.loop.precision,
-                            max_norm=options.optim.max_norm)
+    backend = backend_of(options, model, objective, build_optimizers(groups, options.optim), mesh)
     for lm in {policy, getattr(model, "critic", policy)}:
         lm.recompute = options.loop.recompute
     rollout = options.rollout
@@ -98,11 +104,12 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
         advantage=advantage_of(options), device=device, seed=options.seed,
         autocast=backend.autocast,
         accumulate=max(1, -(-answers // (options.loop.micro_batch * dist.world_size()))),
-        reference=reference_of(options, policy, device), critic=model if model is not policy else None,
+        reference=reference, critic=model if model is not policy else None,
         told=judged_by(options))
     run = Run(source, objective, backend, schedule=learning_rate(options.schedule, peak=options.optim.lr,
                                                                  steps=options.loop.steps),
-              device=device, accumulate=source.accumulate, balance=Balance(policy), after_step=[source.report])
+              device=device, accumulate=source.accumulate, balance=Balance(policy), after_step=[source.report],
+              around=backend.whole)
     checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
         "model": config_to_dict(policy.config), "tokenizer": loaded.tokenizer.hash(), "algorithm": options.algorithm,
         "optim.kind": options.optim.kind} | adapter.fingerprint(options.lora))
@@ -119,13 +126,13 @@ def train_in(run_folder: Path, options: RLOptions, given: RLOptions, device: tor
             say_changes(options, run_folder, run.step)
         say(f"going on from {resumed}" if resumed else f"writing to {run_folder}")
     fit(Fit(run=run, steps=options.loop.steps, checkpoints=checkpoints, save_every=options.loop.save_every,
-            hooks=[Hook(every=options.loop.validate_every, call=measure(source, heldout),
+            hooks=[Hook(every=options.loop.validate_every, call=measure(source, heldout, backend),
                         before_first=True),
                    Hook(every=options.loop.sample_every, call=lambda step: shown(source.samples))],
             sinks=open_run(options, given, resumed) if dist.is_main() else [], score="heldout/reward",
             highest=True,
             peak_flops=dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops))
-    return finish(options, loaded, policy, run, run_folder)
+    return finish(options, loaded, policy, backend, run, run_folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -251,12 +258,13 @@ def judged_by(options: RLOptions) -> dict[str, Any]:
             "reference": options.policy.kl and (options.model.reference or options.model.start)}
 
 
-def measure(source: Rollout, prompts: Prompts | None):
+def measure(source: Rollout, prompts: Prompts | None, backend: NativeBackend):
     """A hook: the likeliest answers to the prompts set apart, judged."""
     def call(step: int) -> dict[str, Any]:
         if prompts is None:
             return {}
-        return {f"heldout/{name}": value for name, value in source.measure(prompts).items()}
+        with backend.whole():
+            return {f"heldout/{name}": value for name, value in source.measure(prompts).items()}
 
     return call
 
@@ -287,15 +295,17 @@ def say_what(options: RLOptions, loaded: Loaded, prompts: Prompts, heldout: Prom
         warn("code that the model writes will be run, in a limited process of its own, but as this user")
 
 
-def finish(options: RLOptions, loaded: Loaded, policy: Any, run: Run, folder: Path) -> Path:
+def finish(options: RLOptions, loaded: Loaded, policy: Any, backend: NativeBackend, run: Run, folder: Path) -> Path:
     out = folder / "model"
-    if dist.is_main():
-        policy.eval()
-        policy.value_head = None                  # the critic's, of no use to whoever talks to the policy
-        if options.lora.rank:
-            adapter.hang_up(policy, folder, base=options.model.start, seed=options.seed)
-        save_directory(policy, loaded.tokenizer, out, **loaded.kept, info={
-            "parent": str(options.model.start), "data": list(options.data.train), "seed": options.seed,
-            "steps": run.step, "algorithm": options.algorithm})
+    with backend.to_save() as whole:
+        if whole is not None:
+            policy = whole if policy is backend.model else whole.policy
+            policy.eval()
+            policy.value_head = None              # the critic's, of no use to whoever talks to the policy
+            if options.lora.rank:
+                adapter.hang_up(policy, folder, base=options.model.start, seed=options.seed)
+            save_directory(policy, loaded.tokenizer, out, **loaded.kept, info={
+                "parent": str(options.model.start), "data": list(options.data.train), "seed": options.seed,
+                "steps": run.step, "algorithm": options.algorithm})
     dist.barrier()
     return out

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from mindseed.base.config import diff, option
 from mindseed.base.errors import UserError
+from mindseed.base.mesh import ParallelOptions
+from mindseed.nn.recompute import Recompute
 from mindseed.objectives.grpo import GRPO, Average, Estimator, Level
 from mindseed.objectives.ppo import PPO
 from mindseed.optim.groups import OptimConfig
@@ -131,7 +133,8 @@ class RLLoop:
     micro_batch: int = option(16, help="answers in a forward pass, on each rank",
                              elsewhere=("per_device_train_batch_size",))
     precision: PrecisionChoice = option("auto", help="auto: bf16 where it is the faster one, else fp32")
-    recompute: bool = option(False, help="recompute activations in the backward pass: less memory, a third more work")
+    recompute: Recompute = option(False, help="make activations again in the backward pass: less memory, a "
+                                                           "third more work; selective: only what is cheap")
     validate_every: int | None = option(None, help="steps between measurements, 0: never [derived: a fifth of all]")
     sample_every: int | None = option(None, help="steps between printed answers, 0: never [derived: a tenth of all]")
     save_every: int | None = option(None, help="steps between checkpoints, 0: only the last [derived: a fifth of all]")
@@ -162,6 +165,7 @@ class RLOptions:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: RLLoop = field(default_factory=RLLoop)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 62:

@@ -34,6 +34,7 @@ from mindseed.base.files import locked, make_folder, read_json, write_json, writ
 from mindseed.base.hardware import describe_machine
 from mindseed.base.log import open_sinks, read_jsonl, say
 from mindseed.optim.schedule import learning_rate
+from mindseed.recipes.launch import check_mesh
 from mindseed.recipes.machine import choose_device
 from mindseed.recipes.options import TrainOptions
 from mindseed.recipes.rl_options import RLOptions
@@ -131,6 +132,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def carried_out(options: AnyOptions, train: Callable[[AnyOptions, torch.device], Path]) -> int:
     """A run from the command line, on one process or on those of torchrun: its exit code."""
+    check_mesh(options)
     device = choose_device(options.device)
     with dist.process_group(device):
         try:

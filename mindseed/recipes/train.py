@@ -39,13 +39,17 @@ from mindseed.models.upcycle import upcycle
 from mindseed.optim.ema import EMA
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
+from mindseed.parallel.context import Cut
+from mindseed.parallel.mesh import make_mesh
+from mindseed.parallel.parallelize import parallelize
 from mindseed.plan.flops import flops_per_token
 from mindseed.plan.memory import plan_memory
 from mindseed.plan.params import count_params
 from mindseed.recipes import adapter
-from mindseed.recipes.machine import DTYPES, choose_precision, warn_if_too_big
+from mindseed.recipes.machine import DTYPES, choose_precision, multiply_in, warn_if_too_big
 from mindseed.recipes.methods import VALUES, equip, learning, measure, require_kind, source_of
 from mindseed.recipes.model_options import MLAOptions, ModelOptions
+from mindseed.recipes.launch import backend_of, check_ranks, gathers_in_bf16, short_hash
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, with_rows, without_effect
 from mindseed.recipes.run_folder import (alone_in_its_folder, begun, carried_out, open_run, options_of_run,
                                          resolved, say_changes)
@@ -75,36 +79,45 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
     for line in without_effect(given) if dist.is_main() else []:
         warn(line)
     options = with_rows(options)
+    check_ranks(options)
     check_early(options)
+    mesh = make_mesh(options.parallel, device)
     data = open_data(options, run_folder)
     model, parent = open_model(options, data.tokenizer, device)
     equip(model, options)
     cover = adapter.adapt(model, options.lora, options.seed)
-    facts = {"params": count_params(model.config).active, "rows_per_epoch": len(data.rows), "world": dist.world_size()}
+    facts = {"params": count_params(model.config).active, "rows_per_epoch": len(data.rows), "world": dist.row_ranks()}
+    dist.agree(data=short_hash(data.rows.identity()), tokenizer=data.tokenizer.hash())
     options = derive(options, **facts)
     options = replace(options, loop=replace(options.loop, precision=choose_precision(options.loop.precision, device)))
+    multiply_in(model, options.loop.precision)
     plan = learning(options, model, data.rows, data.heldout, data.tokenizer, run_folder, device)
     objective, data = plan.objective, replace(data, rows=plan.rows, heldout=plan.heldout)
     source = source_of(options, model, data.rows, data.tokenizer, parent)
+    parallelize(model, mesh, bf16=gathers_in_bf16(options, device))
     groups = parameter_groups(model, options.optim)
-    backend = NativeBackend(model, objective, build_optimizers(groups, options.optim),
-                            precision=options.loop.precision, max_norm=options.optim.max_norm)
-    model.recompute, model.flex = options.loop.recompute, options.loop.attention == "flex"
-    if model.flex and device.type != "cuda":
+    backend = backend_of(options, model, objective, build_optimizers(groups, options.optim), mesh)
+    source = Cut(source, backend.ring) if backend.ring else source
+    model.recompute, model.attention = options.loop.recompute, options.loop.attention
+    if model.attention == "flex" and device.type != "cuda":
         raise UserError(f"loop.attention=flex has no backward pass on {device.type}; leave it out")
     if options.loop.compile:
         model.compile_blocks()
     run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device, balance=Balance(model),
-              accumulate=max(1, (options.loop.batch or 0) // (options.loop.micro_batch * dist.world_size())))
+              accumulate=max(1, (options.loop.batch or 0) // (options.loop.micro_batch * dist.row_ranks())),
+              around=backend.whole if options.method in ("kto", "dpo", "distill") else contextlib.nullcontext)
     if options.loop.steps is None:
         options = derive_by_clock(options, run, facts)
+    if mesh and not mesh.sharded_alone:           # nobody has the whole model to draw samples from
+        options = replace(options, loop=replace(options.loop, sample_every=0))
     options = derive_intervals(options)
     run.schedule = learning_rate(options.schedule, peak=options.optim.lr, steps=options.loop.steps)
     ema = EMA(model, options.loop.ema) if options.loop.ema else None
     if ema:
         run.after_step.append(ema.update)
 
-    checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep, fingerprints={
+    checkpoints = Checkpoints(run_folder / "checkpoints", keep=options.loop.keep,
+                              background=options.loop.background_save, fingerprints={
         "model": config_to_dict(model.config), "tokenizer": data.tokenizer.hash(), "data": data.rows.identity(),
         "optim.kind": options.optim.kind} | ({} if options.method == "sft" else {"method": options.method})
         | ({"distill": [bool(options.distill.states), bool(options.distill.relations), list(options.distill.layers)]}
@@ -119,7 +132,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
                 "loop.steps to go on")
         close(source)
         return run_folder / "model"
-    torch.manual_seed(options.seed + 1_000_003 * dist.rank()) if not resumed else None
+    torch.manual_seed(options.seed + 1_000_003 * (mesh.seed if mesh else dist.rank())) if not resumed else None
     announce(options, model, data, groups, run_folder, device, resumed, run.step, cover)
 
     peak_flops = dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops
@@ -127,7 +140,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
             hooks=[Hook(every=options.loop.validate_every, call=validation(options, backend, objective, data, ema),
                         before_first=True),
                    Hook(every=options.loop.sample_every if options.method not in VALUES else 0,
-                        call=samples(model, data, options.seed))],
+                        call=samples(backend, data, options.seed))],
             score="bits_per_byte" if options.method == "sft" else "heldout/loss",
             sinks=open_run(options, given, resumed) if dist.is_main() else [],
             flops_per_token=flops_per_token(model.config, options.data.seq_len).model, peak_flops=peak_flops))
@@ -240,7 +253,7 @@ def validation(options: TrainOptions, backend: NativeBackend, objective: Objecti
     fine-tuning what its loss says of held-out rows."""
     def judged(step: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        with ema.applied() if ema and step else contextlib.nullcontext():
+        with ema.applied() if ema and step else contextlib.nullcontext(), backend.whole():
             for name, rows in data.heldout.items():
                 found = measure(backend, objective, rows, backend.device)
                 values |= {f"heldout/{key}" + (f"/{name}" if len(data.heldout) > 1 else ""): value
@@ -251,7 +264,7 @@ def validation(options: TrainOptions, backend: NativeBackend, objective: Objecti
 
     def bits(step: int) -> dict[str, Any]:
         values, bits, total = {}, 0.0, 0
-        with ema.applied() if ema and step else contextlib.nullcontext():
+        with ema.applied() if ema and step else contextlib.nullcontext(), backend.whole():
             for name, documents in data.heldout.items():
                 result = evaluate(backend, documents, raw_bytes=documents.bytes)
                 if len(data.heldout) > 1:
@@ -260,7 +273,7 @@ def validation(options: TrainOptions, backend: NativeBackend, objective: Objecti
         return {"bits_per_byte": bits / total, **values} if total else {}
 
     def remembered(step: int) -> dict[str, Any]:
-        with ema.applied() if ema and step else contextlib.nullcontext():
+        with ema.applied() if ema and step else contextlib.nullcontext(), backend.whole():
             return {f"remembered/{name}": evaluate(backend, rows, raw_bytes=rows.bytes)["bits_per_byte"]
                     for name, rows in data.remembered.items()}
 
@@ -279,9 +292,9 @@ def forgotten(log: Path) -> None:
            for key in last if key.startswith("remembered/") and key in first])
 
 
-def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 48):
+def samples(backend: NativeBackend, data: Data, seed: int, *, count: int = 2, max_new: int = 48):
     """A hook that continues the beginnings of held-out documents: of text the first words, of a chat the question."""
-    prompts = []
+    prompts, model = [], backend.model
     for entry in data.entries[:count]:
         documents = entry.split("heldout")
         for i in range(min(len(documents), max(1, count // len(data.entries)))):
@@ -291,10 +304,11 @@ def samples(model: LM, data: Data, seed: int, *, count: int = 2, max_new: int = 
                 prompts.append([int(x) for x in ids[:cut]])
 
     def draw(step: int) -> dict[str, Any]:
-        if not dist.is_main() or not prompts:
-            return {}
         sampling = Sampling(temperature=0.8, top_p=0.95, seed=seed)
-        done = generate(model, data.tokenizer, prompts, sampling=sampling, max_new=max_new)
+        with backend.whole():
+            if not dist.is_main() or not prompts:
+                return {}
+            done = generate(model, data.tokenizer, prompts, sampling=sampling, max_new=max_new)
         return {f"sample {i + 1}": f"{data.tokenizer.decode(p, skip_special=True)} >>> {c.text}"
                 for i, (p, c) in enumerate(zip(prompts, done))}
 
@@ -327,7 +341,7 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     adapter.show(cover, options.lora)
     tokens = loop.batch * options.data.seq_len
     say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, "
-        f"in micro-batches of {loop.micro_batch} on {dist.world_size()} rank(s); {loop.steps} steps")
+        f"in micro-batches of {loop.micro_batch} on {dist.row_ranks()} rank(s); {loop.steps} steps")
     passes = loop.steps * loop.batch / len(data.rows)
     say(f"passes     {passes:.3g} over the data")
     if passes > 10:
@@ -356,18 +370,16 @@ def finish(options: TrainOptions, backend: NativeBackend, model: LM, data: Data,
         if backend.skipped > run.step / 10:
             warn(f"{backend.skipped} of {run.step} steps were left out because fp16 overflowed; lower optim.lr, or use "
                  "bf16 or fp32")
-        if ema:
-            ema.swap()
-        model.eval()
-        if options.lora.rank:
-            adapter.hang_up(model, folder, base=options.model.start, seed=options.seed)
-        info = {"parent": str(options.model.start)} if parent else {}
-        info |= {} if options.method == "sft" else {"method": options.method}
-        save_directory(model, data.tokenizer, out, **spoken(data, parent), info=info | {
-            "data": [str(entry.folder) for entry in data.entries], "seed": options.seed, "steps": run.step,
-            "tokens": run.tokens})
-        if ema:
-            ema.swap()
+    model.eval()
+    with ema.applied() if ema else contextlib.nullcontext(), backend.to_save() as whole:
+        if whole is not None:
+            if options.lora.rank:
+                adapter.hang_up(whole, folder, base=options.model.start, seed=options.seed)
+            info = {"parent": str(options.model.start)} if parent else {}
+            info |= {} if options.method == "sft" else {"method": options.method}
+            save_directory(whole, data.tokenizer, out, **spoken(data, parent), info=info | {
+                "data": [str(entry.folder) for entry in data.entries], "seed": options.seed, "steps": run.step,
+                "tokens": run.tokens})
     dist.barrier()
     return out
 

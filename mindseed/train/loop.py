@@ -87,7 +87,10 @@ def fit(plan: Fit) -> dict[str, Any]:
                 score = values.get(plan.score)
                 path = plan.checkpoints.save(run, plan.ema, score=-score if score and plan.highest else score)
                 if stop and not done:
+                    plan.checkpoints.wait()
                     raise Interrupted(f"stopped after step {run.step} of {plan.steps}; saved {path}")
+    if plan.checkpoints:
+        plan.checkpoints.wait()
     return plan.last
 
 
@@ -96,6 +99,7 @@ def kept(plan: Fit, error: UserError) -> UserError:
     if not plan.checkpoints or plan.run.step == 0 or plan.checkpoints.holds(plan.run.step):
         return error
     where = plan.checkpoints.save(plan.run, plan.ema)
+    plan.checkpoints.wait()
     return UserError(f"{error}\nWhat was learnt in {plan.run.step} steps is saved in {where}")
 
 
@@ -179,7 +183,7 @@ def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
     times = []
     for _ in range(trials + 1):
         start = time.monotonic()
-        with torch.no_grad():
+        with torch.no_grad(), run.around():
             batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
         scale = 1 / torch.stack([run.objective.count(b) for b in batches]).sum().clamp_min(1)
         for i, batch in enumerate(batches):

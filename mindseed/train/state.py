@@ -4,11 +4,15 @@ A checkpoint is a folder `step-00000120` with `trainer.pt` (float32 weights, opt
 random state of every rank) and `checkpoint.json` (sizes and sha256 of the files, and the fingerprints of the model,
 the data and the tokenizer). It is written beside its place and renamed when it is whole, so a kill at any moment
 leaves the last good one. Files are read with `weights_only`, so a checkpoint cannot run code.
+
+Where weights are spread over ranks, each writes its own part into `shards` (parallel/checkpoint.py), in the background
+unless told otherwise, and `trainer.pt` holds what is small. Either kind is read by either kind of run, on any mesh.
 """
 from __future__ import annotations
 
 import math
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, read_json, recover, sha256, write_json
 from mindseed.optim.ema import EMA
+from mindseed.parallel import checkpoint as spread
 from mindseed.train.native import NativeBackend
 from mindseed.train.step import Run
 
@@ -27,28 +32,44 @@ BEST = {"checkpoint": str, "score": float}
 
 
 def capture(run: Run, ema: EMA | None) -> dict[str, Any]:
-    """Everything that the next step depends on, as tensors and plain values. A collective call: all ranks take part."""
+    """Everything that the next step depends on, as tensors and plain values; without the tensors, where they are spread
+    over ranks. A collective call: all ranks take part."""
     backend = run.backend
     assert isinstance(backend, NativeBackend)
-    return {"model": backend.model.state_dict(), "backend": backend.state_dict(), "source": run.source.state_dict(),
-            "ema": ema.state_dict() if ema else None, "balance": run.balance.state_dict() if run.balance else None,
-            "step": run.step, "tokens": run.tokens,
-            "random": dist.gather(random_state())}
+    small = {"source": run.source.state_dict(), "step": run.step, "tokens": run.tokens,
+             "random": dist.gather(random_state())}
+    if backend.mesh is not None:
+        about = {name: value for name, value in backend.state_dict().items() if name != "optimizers"}
+        return small | {"backend": about, "ema": {"updates": ema.updates} if ema else None}
+    names = [spread.names_of(backend.model, optimizer) for optimizer in backend.optimizers]
+    return small | {"model": backend.model.state_dict(), "backend": backend.state_dict() | {"names": names},
+                    "ema": ema.state_dict() if ema else None,
+                    "balance": run.balance.state_dict() if run.balance else None}
 
 
 def restore(run: Run, ema: EMA | None, saved: dict[str, Any]) -> None:
     """Put `run` where `capture` found it. On another number of ranks the random states start afresh from rank 0's."""
     backend = run.backend
     assert isinstance(backend, NativeBackend)
-    backend.model.load_state_dict(saved["model"])
-    backend.load_state_dict(saved["backend"])
+    if "shards" in saved:
+        average = ema.average if ema and saved["ema"] else None
+        spread.load(saved["shards"], backend.model, backend.optimizers, average)
+        backend.load_small(saved["backend"])
+    elif backend.mesh is not None:
+        spread.take_apart(saved, backend.model, backend.optimizers, ema.average if ema and saved["ema"] else None)
+        backend.load_small(saved["backend"])
+    else:
+        backend.model.load_state_dict(saved["model"])
+        backend.load_state_dict(saved["backend"])
+        if ema and saved["ema"]:
+            ema.load_state_dict(saved["ema"])
+        if run.balance and saved["balance"]:
+            run.balance.load_state_dict(saved["balance"])
     run.source.load_state_dict(saved["source"])
     if ema and saved["ema"]:
-        ema.load_state_dict(saved["ema"])
+        ema.updates = saved["ema"]["updates"]
     elif ema:                                     # asked for only now: it was made of the weights before these
         ema.restart()
-    if run.balance and saved["balance"]:
-        run.balance.load_state_dict(saved["balance"])
     run.step, run.tokens = saved["step"], saved["tokens"]
     states = saved["random"]
     set_random_state(states[dist.rank() if len(states) == dist.world_size() else 0])
@@ -70,29 +91,66 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
 class Checkpoints:
     """The checkpoints of one run folder: the newest `keep`, and the best by validation."""
 
-    def __init__(self, folder: Path, *, keep: int, fingerprints: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, keep: int, fingerprints: dict[str, Any], background: bool = True) -> None:
         self.folder, self.keep, self.fingerprints = Path(folder), keep, fingerprints
+        self.background = background              # of weights that are spread over ranks
         self.best: float | None = None
+        self.pending: Future | None = None
+        self.thread = ThreadPoolExecutor(1)
 
     def save(self, run: Run, ema: EMA | None, *, score: float | None = None) -> Path:
-        """Write the checkpoint of this moment; `score` (lower is better) decides which one is the best."""
-        saved = capture(run, ema)
+        """Write the checkpoint of this moment; `score` (lower is better) decides which one is the best. One that is
+        written in the background is there after `wait`."""
+        self.wait()
+        saved, backend = capture(run, ema), run.backend
         path = self.folder / f"step-{run.step:08d}"
+        if backend.mesh is None:
+            if dist.is_main():
+                self.publish(path, saved, score, None, None)
+            dist.barrier()
+            return path
+        shards = self.folder / f".{path.name}.shards"
         if dist.is_main():
-            with atomic(path) as temp:
-                temp.mkdir()
-                write_tensors(temp / "trainer.pt", saved)
-                write_json(temp / "checkpoint.json", {
-                    "format": FORMAT, "step": run.step, "tokens": run.tokens, "score": score,
-                    "world_size": dist.world_size(), "fingerprints": self.fingerprints,
-                    "files": {"trainer.pt": {"bytes": (temp / "trainer.pt").stat().st_size,
-                                             "sha256": sha256(temp / "trainer.pt")}}})
-            if score is not None and math.isfinite(score) and (self.best is None or score < self.best):
-                self.best = score
-                write_json(self.folder / "best.json", {"checkpoint": path.name, "score": score})
-            self.prune(path)
+            shutil.rmtree(shards, ignore_errors=True)
+            shards.mkdir(parents=True)
         dist.barrier()
+        tensors = spread.everything(backend.model, backend.optimizers, ema.average if ema else None)
+        work = spread.save(shards, tensors, background=self.background, group=backend.mesh.saving)
+        if dist.is_main():
+            self.pending = self.thread.submit(self.publish, path, saved, score, shards, work)
+        else:
+            self.pending = work
+        if not self.background:
+            self.wait()
+            dist.barrier()
         return path
+
+    def publish(self, path: Path, saved: dict[str, Any], score: float | None, shards: Path | None,
+                work: Future | None) -> None:
+        """What rank 0 does: wait for all parts, then write what makes a checkpoint of them, and rename it."""
+        if work is not None:
+            work.result()
+        with atomic(path) as temp:
+            temp.mkdir()
+            if shards is not None:
+                shards.rename(temp / "shards")
+            write_tensors(temp / "trainer.pt", saved)
+            files = sorted(file for file in temp.rglob("*") if file.is_file())
+            write_json(temp / "checkpoint.json", {
+                "format": FORMAT, "step": saved["step"], "tokens": saved["tokens"], "score": score,
+                "world_size": dist.world_size(), "fingerprints": self.fingerprints,
+                "files": {str(file.relative_to(temp)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                          for file in files}})
+        if score is not None and math.isfinite(score) and (self.best is None or score < self.best):
+            self.best = score
+            write_json(self.folder / "best.json", {"checkpoint": path.name, "score": score})
+        self.prune(path)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written in the background is whole."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
     def prune(self, just: Path) -> None:
         """Remove what is neither new enough nor the best, never the one `just` saved: damaged ones may look newer. With
@@ -159,7 +217,8 @@ class Checkpoints:
         if differences:
             raise Mismatch(f"{path} was written by another run:\n" + "\n".join(f"  {d}" for d in differences)
                            + "\nGive the options of that run, or start a new one with another --out")
-        return torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+        return saved | ({"shards": path / "shards"} if (path / "shards").exists() else {})
 
 
 class Mismatch(UserError):

@@ -1,6 +1,7 @@
 """One optimiser step, for every algorithm and every backend."""
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -28,6 +29,7 @@ class Run:
     tokens: int = 0                               # supervised tokens so far, over all ranks
     tokens_per_step: int = 0                      # slots of the last step over all ranks, padding included
     balance: Balance | None = None                # of a mixture of experts
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext     # what asks the model for rows
     after_step: list[Callable[[], dict[str, float] | None]] = field(default_factory=list)   # may return metrics
 
     def __post_init__(self) -> None:
@@ -41,15 +43,13 @@ def train_step(run: Run) -> dict[str, float]:
 
     Raises NonFinite, before anything is updated, when the loss or the gradient is not a finite number.
     """
-    with torch.no_grad():
+    with torch.no_grad(), run.around():
         batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
 
     # Divide by what was counted everywhere, so that accumulation and data parallelism change nothing.
     counts = [torch.stack([run.objective.count(b), (b.weights != 0).sum()]) for b in batches]
     count, tokens = dist.sum_over_ranks(torch.stack(counts).sum(0))
-    if not count:
-        raise UserError(f"step {run.step}: no token of the whole batch is supervised; check the data with show-batch")
-    scale = dist.world_size() / count             # DDP and FSDP average gradients over ranks
+    scale = dist.parts() / count.clamp_min(1e-30)             # DDP and FSDP average gradients over ranks
 
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
@@ -57,8 +57,11 @@ def train_step(run: Run) -> dict[str, float]:
         sums = {key: sums.get(key, 0) + value for key, value in part.items()}
 
     units = tokens if getattr(run.objective, "of_tokens", False) else count       # of metrics beside the loss
-    means = {key: (dist.sum_over_ranks(value) / (count if key == "loss" else units)).item()
-             for key, value in sums.items()}
+    told = [dist.sum_over_ranks(value) / (count if key == "loss" else units) for key, value in sums.items()]
+    supervised, *told = torch.stack([tokens.double(), *(value.double() for value in told)]).tolist()
+    means = dict(zip(sums, told))                 # all that the host reads comes over at once: it waits for a GPU's end
+    if not supervised:
+        raise UserError(f"step {run.step}: no token of the whole batch is supervised; check the data with show-batch")
     check_finite(run, batches, means["loss"])
     lr = run.schedule(run.step)
     try:
@@ -68,9 +71,9 @@ def train_step(run: Run) -> dict[str, float]:
     for call in ([run.balance] if run.balance else []) + run.after_step:
         means |= call() or {}
     run.step += 1
-    run.tokens += int(tokens)
-    run.tokens_per_step = sum(b.ids.numel() for b in batches) * dist.world_size()
-    return means | {"lr": lr, "grad_norm": grad_norm, "supervised": int(tokens)}
+    run.tokens += int(supervised)
+    run.tokens_per_step = sum(b.ids.numel() for b in batches) * dist.parts()
+    return means | {"lr": lr, "grad_norm": grad_norm, "supervised": int(supervised)}
 
 
 def check_finite(run: Run, batches: list[Batch], loss: float) -> None:

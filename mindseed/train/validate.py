@@ -22,13 +22,9 @@ def evaluate(backend: NativeBackend, batches: Iterable[Batch], *, raw_bytes: int
     device = backend.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)                     # nats, tokens
     for i, batch in enumerate(batches):
-        if i % dist.world_size() != dist.rank():
+        if i % dist.row_ranks() != dist.row_rank():
             continue
         batch = batch.to(device)
-        with backend.autocast():
-            logps = backend.model(batch.ids, batch.positions).logps(batch.targets)
-        supervised = batch.weights > 0
-        sums[0] -= logps[supervised].double().sum()
-        sums[1] += supervised.sum()
+        sums += torch.stack(backend.nll(backend.cut(batch))).double()
     nats, tokens = dist.sum_over_ranks(sums).tolist()
     return {"bits_per_byte": nats / math.log(2) / max(raw_bytes, 1), "nll": nats / max(tokens, 1)}

@@ -1,0 +1,118 @@
+"""What is checked when several ranks start together: that the mesh suits the run, and that all ranks mean the same run.
+
+The first needs no other rank, so it comes before the ranks meet: whoever is started with a mesh that cannot work is
+told everything that is wrong with it, and nobody waits.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mindseed
+from mindseed.base import config as base_config
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.base.mesh import ParallelOptions
+from mindseed.core import Objective
+from mindseed.interop.directory import config_of
+from mindseed.models.config import LMConfig
+from mindseed.models.splitting import splitting_problems
+from mindseed.parallel.mesh import Mesh
+from mindseed.recipes.options import TrainOptions
+from mindseed.recipes.rl_options import RLOptions
+from mindseed.tokenizers.hf_json import load_tokenizer
+from mindseed.train.native import NativeBackend
+
+
+def check_mesh(options: TrainOptions | RLOptions) -> None:
+    """Raise UserError with every reason why this run cannot be shared out as asked."""
+    world = int(os.environ.get("WORLD_SIZE", 1)) if dist.launched() else 1
+    mesh = options.parallel
+    if mesh == ParallelOptions() and world == 1:
+        return
+    problems = mesh.problems(world) + run_problems(options)
+    if (config := config_ahead(options)) is not None:
+        data = options.data
+        problems += splitting_problems(config, mesh, seq_len=getattr(data, "seq_len", None),
+                                       micro_batch=options.loop.micro_batch)
+    if problems:
+        raise UserError("this run cannot be shared out so:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def run_problems(options: TrainOptions | RLOptions) -> list[str]:
+    """What in the options, the model aside, does not go with the mesh."""
+    mesh, found, method = options.parallel, [], getattr(options, "method", "rl")
+    inside = [name for name in ("tensor", "context", "pipe") if getattr(mesh, name) > 1]
+    named = " and ".join(f"parallel.{name}" for name in inside)
+    if inside and method != "sft":
+        found.append(f"{named} are for --method sft alone; {method} runs data-parallel, with parallel.zero or without")
+    if inside and options.lora.rank:
+        found.append(f"adapters (lora.rank) run data-parallel, with parallel.zero or without, not with {named}")
+    if inside and getattr(options.loop, "sample_every", None):
+        found.append(f"loop.sample_every: samples cannot be drawn while the model lies on several ranks ({named}); "
+                     "`mindseed generate` draws them from the model at the end")
+    if mesh.tensor > 1 and getattr(getattr(options, "objective", None), "label_smoothing", 0):
+        found.append("objective.label_smoothing needs the whole vocabulary, which parallel.tensor splits")
+    if not mesh.plain and options.loop.precision == "fp16":
+        found.append("loop.precision=fp16 scales losses rank by rank; on a mesh train in bf16 or fp32")
+    if not mesh.plain and options.optim.states != "fp32":
+        found.append(f"optim.states={options.optim.states} keeps whole matrices' states; on a mesh parallel.zero "
+                     "shares them out")
+    if not mesh.plain and options.lora.rank and options.lora.nf4:
+        found.append("lora.nf4 packs the base's weights, which parallel.zero would have to take apart")
+    if mesh.deepspeed and mesh.backend != "deepspeed":
+        found.append("parallel.deepspeed names a file for parallel.backend=deepspeed, which is not asked for")
+    return found
+
+
+def config_ahead(options: TrainOptions | RLOptions) -> LMConfig | None:
+    """The model's shape, as far as it can be known before data are read."""
+    if options.model.start is not None:
+        return config_of(options.model.start)
+    vocab_size = options.data.vocab_size
+    if options.data.tokenizer and Path(options.data.tokenizer).exists():
+        vocab_size = load_tokenizer(options.data.tokenizer).vocab_size
+    return options.model.shape(options.depth).lm_config(vocab_size=vocab_size, seq_len=options.data.seq_len or 512)
+
+
+def gathers_in_bf16(options: TrainOptions | RLOptions, device: torch.device) -> bool:
+    """Whether weights that ZeRO gathers travel in bf16: autocast would round them to it anyway."""
+    asked = options.parallel.gather
+    return asked == "bf16" or asked == "auto" and device.type == "cuda" and options.loop.precision.startswith(
+        ("bf16", "fp8"))
+
+
+def backend_of(options: TrainOptions | RLOptions, model: nn.Module, objective: Objective,
+               optimizers: list[torch.optim.Optimizer], mesh: Mesh | None) -> NativeBackend:
+    """The backend that the mesh asks for, around a model that has been shared out."""
+    how: dict[str, Any] = {"precision": options.loop.precision, "max_norm": options.optim.max_norm, "mesh": mesh}
+    if mesh and mesh.sizes.pipe > 1:
+        from mindseed.train.pipelined import PipelinedBackend
+        return PipelinedBackend(model, objective, optimizers, **how)
+    return NativeBackend(model, objective, optimizers, **how)
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of all source files of the package."""
+    digest, top = hashlib.sha256(), Path(mindseed.__file__).parent
+    for file in sorted(top.rglob("*.py")):
+        digest.update(str(file.relative_to(top)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def check_ranks(options: Any) -> None:
+    """Compare what the ranks were started with; a collective call, the first of a run."""
+    dist.agree(code=code_hash(), mindseed=mindseed.__version__, torch=torch.__version__,
+               options=short_hash(base_config.to_dict(options)))
+
+
+def short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,101 @@
+"""Every way to share a run out gives the numbers of one process: losses, gradient norms and weights, in float64."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mindseed.base.mesh import ParallelOptions
+from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.nn.ffn import SwiGLUConfig
+from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.mla import MLAConfig
+from mindseed.nn.moe import MoEConfig
+from mindseed.optim.groups import OptimConfig
+from tests.parallel_runs import Case, trained
+from tests.spawn import on_ranks
+
+GQA, WINDOW = GQAConfig(heads=4, kv_heads=2, head_dim=8), GQAConfig(heads=4, kv_heads=2, head_dim=8, window=5)
+MLA = MLAConfig(heads=4, kv_rank=12, q_rank=10, plain_dim=6, rope_dim=4, value_dim=5)
+SWIGLU = SwiGLUConfig(ffn_dim=48)
+MOE = MoEConfig(experts=4, top_k=2, expert_dim=20, shared_dim=12, balance_weight=0.1, z_weight=0.01, bias=True,
+                score="sigmoid")
+
+
+def lm(*layers: tuple[Any, Any], **more: Any) -> LMConfig:
+    return LMConfig(**{"vocab_size": 64, "dim": 32, "seq_len": 32, "layers": tuple(
+        LayerConfig(mixer=mixer, ffn=ffn) for mixer, ffn in layers)} | more)
+
+
+MODELS = {"dense": lm((GQA, SWIGLU), (WINDOW, SWIGLU)),
+          "moe": lm((GQA, MOE), (WINDOW, MOE), tied=False),
+          "mla": lm((MLA, SWIGLU), (MLA, MOE)),
+          "norms": lm((GQA, SWIGLU), (GQA, SWIGLU), placement="sandwich", norm="layer", learned_positions=True),
+          "mixed": lm((GQA, SWIGLU), (MLA, MOE), (WINDOW, MOE)),
+          "deep": lm((GQA, SWIGLU), (WINDOW, SWIGLU), (GQA, MOE), (MLA, MOE), tied=False)}
+EVERY = ("dense", "moe", "mla")
+MIXTURES = ("moe", "mla")
+
+# (models, options): more of them where there are two ranks, the combinations on four
+ON_TWO = [(EVERY, {}), (EVERY, {"zero": 1}), (EVERY, {"zero": 2}), (EVERY, {"zero": 3}),
+          (("mixed",), {"zero": 3, "offload": True}), (("norms",), {"zero": 2, "replicas": 2}),
+          (EVERY, {"tensor": 2}), (EVERY, {"tensor": 2, "sequence": False}), (("norms",), {"tensor": 2}),
+          (EVERY, {"context": 2}), (MIXTURES, {"expert": 2}), (MIXTURES, {"expert": 2, "zero": 3}),
+          (("mixed",), {"expert": 2, "context": 2}),
+          *((("deep",), {"pipe": 2, "schedule": schedule, "microbatches": pieces}) for schedule, pieces in (
+              ("gpipe", 2), ("1f1b", 2), ("interleaved", 4), ("zero-bubble", 4), ("dualpipe-v", 4)))]
+ON_FOUR = [*(("mixed", options) for options in (
+    {"zero": 2, "replicas": 2}, {"tensor": 2}, {"tensor": 2, "zero": 1}, {"tensor": 2, "zero": 3},
+    {"context": 2, "zero": 3}, {"context": 2, "tensor": 2}, {"expert": 2, "tensor": 2},
+    {"expert": 2, "tensor": 2, "zero": 3},
+    {"expert": 4, "zero": 2}, {"expert": 2})),
+    *(("deep", {"pipe": 2, "microbatches": 2} | more) for more in (
+        {}, {"zero": 3}, {"tensor": 2}, {"context": 2}, {"expert": 2},
+        {"schedule": "interleaved", "tensor": 2, "sequence": False}))]
+LABELLED = {2: [(model, options) for models, options in ON_TWO for model in models], 4: ON_FOUR}
+
+
+def case_of(model: str, options: dict[str, Any]) -> Case:
+    return Case(config=MODELS[model], options=ParallelOptions(**options))
+
+
+def all_of(rank: int, ranks: int) -> list[dict[str, Any]]:
+    return [trained(case_of(*labelled)) for labelled in LABELLED[ranks]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    return {name: trained(Case(config=config)) for name, config in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def together() -> dict[int, list[list[dict[str, Any]]]]:
+    """What every rank found, by the number of ranks: all cases in one group of processes."""
+    return {ranks: on_ranks(all_of, ranks, timeout=900) for ranks in LABELLED}
+
+
+def same(found: list[dict[str, Any]], wanted: dict[str, Any], tolerance: float = 1e-9) -> None:
+    """Every rank tells the figures of one process, and all ranks have one model: that of one process."""
+    for rank in found:
+        for name in ("loss", "norm"):
+            assert rank[name] == pytest.approx(wanted[name], rel=tolerance), name
+        for name, x in rank["weights"].items():
+            assert abs(x - wanted["weights"][name]).max() < tolerance, name
+    held = {name for rank in found for name in rank["weights"]}
+    assert held == set(wanted["weights"])
+    for name in held:                             # to the last bit
+        assert len({rank["weights"][name].tobytes() for rank in found if name in rank["weights"]}) == 1, name
+
+
+def label(model: str, options: dict[str, Any]) -> str:
+    return f"{model}: " + (", ".join(f"{name} {value}" for name, value in options.items()) or "data")
+
+
+@pytest.mark.parametrize(("ranks", "number"), [
+    pytest.param(ranks, i, id=f"{ranks} ranks, {label(*labelled)}")
+    for ranks, cases in LABELLED.items() for i, labelled in enumerate(cases)])
+def test_as_one_process(ranks: int, number: int, alone, together):
+    model, _ = LABELLED[ranks][number]
+    same([rank[number] for rank in together[ranks]], alone[model])
