@@ -113,11 +113,11 @@ def test_a_run_does_not_go_on_with_states_of_another_kind(place, tmp_path):
     assert "optim.states: 8bit then" in said
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_two_ranks_do_what_one_does(place, tmp_path, name):
+@pytest.mark.parametrize("name, zero", [("dpo", 0), ("kto", 0), ("kto", 3), ("adapter", 2)])
+def test_two_ranks_do_what_one_does(place, tmp_path, name, zero):
     for ranks in (1, 2):
-        micro = {"loop__micro_batch": 4 // ranks}
-        finish(command(place, tmp_path / str(ranks), name, ranks=ranks, steps=3, **micro))
+        more = {"loop__micro_batch": 4 // ranks, "parallel__zero": zero if ranks == 2 else 0}
+        finish(command(place, tmp_path / str(ranks), name, ranks=ranks, steps=3, **more))
     for one, two in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
         assert [x or 0 for x in one] == pytest.approx([x or 0 for x in two], rel=2e-3, abs=1e-5)
 

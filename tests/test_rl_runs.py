@@ -64,10 +64,11 @@ def test_killed_and_resumed_equals_uninterrupted(start, tmp_path, algorithm, ran
         tmp_path / "whole/model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_two_ranks_do_what_one_does(start, tmp_path, algorithm):
+@pytest.mark.parametrize("algorithm, zero", [("grpo", 0), ("ppo", 0), ("grpo", 3), ("ppo", 2)])
+def test_two_ranks_do_what_one_does(start, tmp_path, algorithm, zero):
     for ranks in (1, 2):
-        finish(rl(start, tmp_path / str(ranks), ranks=ranks, steps=4, algorithm=algorithm, rollout__prompts=5))
+        finish(rl(start, tmp_path / str(ranks), ranks=ranks, steps=4, algorithm=algorithm, rollout__prompts=5,
+                  parallel__zero=zero if ranks == 2 else 0))
     names = ("loss", "grad_norm", "reward", "length", "heldout/vowels", "supervised")
     for one, two in zip(figures(tmp_path / "1", *names), figures(tmp_path / "2", *names), strict=True):
         assert [x or 0 for x in one] == pytest.approx([x or 0 for x in two], rel=2e-3, abs=1e-5)

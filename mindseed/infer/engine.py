@@ -463,9 +463,9 @@ class Engine:
         their texts read again."""
         if model.config != self.model.config:
             raise UserError("the new weights belong to a model of another shape")
-        theirs = dict(model.state_dict())
-        for name, mine in self.model.state_dict().items():
-            if mine is not theirs[name]:
+        if model is not self.model:
+            theirs = model.state_dict()
+            for name, mine in self.model.state_dict().items():
                 mine.copy_(theirs[name])
         for job in self.jobs.values():            # nobody has been told yet what the old ones think of a prompt
             if not job.sequences[0].owner.row.count:

@@ -21,6 +21,7 @@ from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.linear_attention import CHUNK, DeltaConfig
 from mindseed.nn.mla import MLAConfig
 from mindseed.nn.moe import MoEConfig
+from mindseed.nn.recompute import Recompute
 from mindseed.plan.params import layer_params
 
 
@@ -88,25 +89,36 @@ def layer_flops(config: LMConfig, layer: LayerConfig, seq_len: int, causal: bool
     return 2 * (mixer.active + ffn.active) + attention, attention
 
 
-def flops_per_token(config: LMConfig, seq_len: int, *, causal: bool = True, recompute: bool = False) -> Flops:
+def flops_per_token(config: LMConfig, seq_len: int, *, causal: bool = True, recompute: Recompute = False) -> Flops:
     """Training cost of one token in rows of `seq_len` tokens that are one document each, multi-token prediction
-    included.
+    included. Selective recomputation is that of a GPU: every second product is repeated, attention is not.
 
     Packed rows of shorter documents cost less attention, so for them this is an upper bound.
     """
-    blocks = repeated = scores = 0.0
+    blocks = repeated = scores = second = 0.0
     for layer in (*config.layers, *config.mtp):
         block, attention = layer_flops(config, layer, seq_len, causal)
         scores += attention / 2                   # no kernel keeps them: the backward pass makes them again
         blocks += block
         repeated += block
+        second += (block - attention) * every_second(config, layer)
     if config.placement == "pre":                 # elsewhere, and in prediction modules, a norm reads the last product
         repeated -= sum(LAST_PRODUCT[type(layer.ffn)](config.dim, layer.ffn) for layer in config.layers)
     join = len(config.mtp) * 4 * config.dim ** 2             # of hidden vectors and embeddings
     blocks, repeated = blocks + join, repeated + join
     heads = (1 + len(config.mtp)) * 2 * config.vocab_size * config.dim
     return Flops(forward=blocks + heads, backward=2 * (blocks + heads),
-                 recompute=heads + scores + repeated * recompute)
+                 recompute=heads + scores + {False: 0, True: repeated, "selective": second}[recompute])
+
+
+def every_second(config: LMConfig, layer: LayerConfig) -> float:
+    """The share of a block's products that selective recomputation (nn/recompute.py) repeats: it counts them, keeps
+    every second, and repeats the others, of which the last is needed only where a norm reads it."""
+    products = [m for part in layer_params(config, layer)[:2] for m in part.every]
+    flops = [m.rows * m.columns * (layer.ffn.top_k if m.experts else 1) for m in products]
+    if config.placement == "pre" and len(flops) % 2:
+        return sum(flops[:-1:2]) / sum(flops)
+    return sum(flops[::2]) / sum(flops)
 
 
 def decode_flops(config: LMConfig, length: int) -> float:

@@ -1,13 +1,23 @@
 """What a run needs in memory: by the parameter, by the token in flight, and by the token remembered while decoding.
 
 Per parameter, training keeps a float32 weight, its gradient and the optimiser's state (AdamW two numbers, Muon one).
-Per token of a micro-batch it keeps what the backward pass will read, the activations; the list in
-`activation_bytes_per_token` names each of them, in the order in which a block makes them, and a test compares the sum
-with the tensors that autograd really saves. Logits exist for one chunk at a time only. Decoding keeps what each layer's
+Per token of a micro-batch it keeps what the backward pass will read (activations.py). ZeRO (1910.02054) divides the
+former by the ranks that share it, K = 4 bytes of weight and 8 of states:
+
+    stage    weights as they are used      gradients      weights and states that are kept
+    0        2 or 4                        4              K
+    1        2 or 4                        4              K / n
+    2        2 or 4                        4 / n          K / n
+    3        (2 or 4) / n                  4 / n          K / n       and one or two blocks whole
+
+Not everything exists at once: gradients grow while activations go. So a plan looks at the moments of a step that may be
+the worst (`moments`): the loss, the backward pass of a block, the embedding's gradient, the update. What allocators
+waste between tensors is not in it. Logits exist for one chunk at a time only. Decoding keeps what each layer's
 StateSpec declares.
 """
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -15,107 +25,15 @@ import torch
 from mindseed.core import StateSpec
 from mindseed.models.block import MIXERS
 from mindseed.models.config import LayerConfig, LMConfig
-from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
-from mindseed.nn.gqa import GQAConfig
-from mindseed.nn.linear_attention import CHUNK, DeltaConfig
-from mindseed.nn.mla import MLAConfig
-from mindseed.nn.moe import MoEConfig
+from mindseed.nn.fused_head import CHUNK_BYTES, KEEP_BYTES
 from mindseed.optim.paged import PAGE_BYTES
-from mindseed.plan.params import Params, adapter_matrices, count_params, every_matrix, layer_params
-
-WIDE = 4                                                     # bytes of float32, in which the residual stream is kept
-
-
-def gqa_activations(dim: int, c: GQAConfig, a: int) -> int:
-    """Bytes per token; `a` is the item size in which products run."""
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    unrotated = (q + kv) * a + (c.heads + c.kv_heads) * WIDE if c.qk_norm else 0         # inputs of the QK-norms
-    return (dim * a                                          # input of the projections
-            + unrotated
-            + (q + 2 * kv) * a                               # rotated q and k, and v
-            + q * a)                                         # attention's result, read by `o`
+from mindseed.plan.activations import WIDE, around_kept, block_kept, scratch_bytes, transient
+from mindseed.plan.job import Chunk, Job, by_model, chunks
+from mindseed.plan.params import Matrix, Params, adapter_matrices, layer_params, norm_params
+from mindseed.plan.pipeline import in_flight
 
 
-def mla_activations(dim: int, c: MLAConfig, a: int) -> int:
-    """Bytes per token of the expanded form."""
-    through = 2 * c.q_rank * a + WIDE if c.q_rank else 0     # before and after the norm of the queries' bottleneck
-    return (dim * a + through
-            + (c.kv_rank + c.rope_dim) * a + WIDE + c.kv_rank * a          # latent before and after its norm
-            + 2 * c.heads * c.key_dim * a                    # queries and keys
-            + c.heads * (c.plain_dim + c.value_dim) * a      # what keys and values are cut from
-            + c.heads * c.value_dim * a)                     # attention's result
-
-
-def delta_activations(dim: int, c: DeltaConfig, a: int) -> int:
-    """Bytes per token of the chunked form. What autograd keeps of a chunk is many small tensors; how many of each width
-    was counted by measurement, and a test holds the sum to what is kept."""
-    channels = 2 * c.key_heads * c.key_dim + c.heads * c.value_dim
-    gates = dim * WIDE if a < WIDE else 0
-    chunk = c.heads * (6 * CHUNK + 10 * c.key_dim + 5 * c.value_dim) * WIDE
-    return dim * a + gates + channels * (c.conv + 1) * a + chunk + 4 * c.heads * c.value_dim * a
-
-
-def swiglu_activations(dim: int, c: SwiGLUConfig, a: int) -> int:
-    """Bytes per token: the input, gate and up, and their product, which `down` reads."""
-    return (dim + 3 * c.ffn_dim) * a
-
-
-def mlp_activations(dim: int, c: MLPConfig, a: int) -> int:
-    """Bytes per token: the input, what the activation reads, and what it gives (relu keeps that alone)."""
-    kept = {"relu": 1, "relu2": 2}.get(c.activation, 2)
-    return (dim + kept * c.ffn_dim) * a
-
-
-def moe_activations(dim: int, c: MoEConfig, a: int) -> int:
-    """Bytes per token: the input and the router's copy of it, scores; per visit the input, gate, up, the answer, and
-    where it was sorted to."""
-    router = (dim * WIDE if a < WIDE else 0) + c.experts * WIDE
-    visit = (2 * dim + 2 * c.expert_dim) * a + 3 * 8 + 2 * WIDE
-    return (dim + 3 * c.shared_dim) * a + router + c.top_k * visit
-
-
-MIXER_ACTIVATIONS = {GQAConfig: gqa_activations, MLAConfig: mla_activations, DeltaConfig: delta_activations}
-FFN_ACTIVATIONS = {SwiGLUConfig: swiglu_activations, MLPConfig: mlp_activations, MoEConfig: moe_activations}
-
-
-def activation_bytes_per_token(config: LMConfig, *, itemsize: int = 2, recompute: bool = False,
-                               lora_rank: int = 0) -> float:
-    """Bytes that autograd keeps per token of a micro-batch, without the casts of the weights (see `plan_memory`).
-
-    `itemsize` is 2 under bf16 or fp16 autocast and 4 in float32. Masks of packed rows and dropout's masks are not
-    counted. Under `recompute` a block keeps its input only, and one block at a time is rebuilt. An adapter keeps what
-    is between its two matrices, and reads an input that the base would keep; modules for further tokens, which have
-    none, count as if they had.
-    """
-    norm = config.dim * WIDE + WIDE                          # RMSNorm keeps its input and one number
-    narrow = config.dim * (WIDE if config.norm == "layer" else itemsize) + WIDE   # LayerNorm keeps it wide
-    norms = {"pre": 2 * norm, "post": 2 * narrow, "sandwich": 2 * norm + 2 * narrow}[config.placement]
-
-    def between(layer: LayerConfig) -> int:
-        parts = [m for part in layer_params(config, layer)[:2] for m in part.every]
-        return lora_rank * itemsize * sum(m.adapts and m.count == 1 for m in parts)
-
-    def block(layer: LayerConfig) -> int:
-        return (norms + MIXER_ACTIVATIONS[type(layer.mixer)](config.dim, layer.mixer, itemsize)
-                + FFN_ACTIVATIONS[type(layer.ffn)](config.dim, layer.ffn, itemsize))
-
-    blocks = [block(layer) + between(layer) for layer in config.layers] + [block(layer) for layer in config.mtp]
-    if lora_rank and config.placement != "post":
-        blocks[0] -= norm                                    # the first one reads a frozen embedding
-    tables = sum({(rope, width): width for rope, width in map(rotary, (*config.layers, *config.mtp)) if rope}.values())
-    head = norm + config.dim * itemsize + WIDE               # last norm, input of the head, its partition sums
-    around = 2 * 8 + tables * WIDE + head                    # ids and targets; cos and sin, K/2 each
-    around += len(config.mtp) * (head + norm + WIDE + 2 * config.dim * itemsize)        # norms and input of the join
-    if recompute:
-        return around + len(blocks) * config.dim * WIDE + max(blocks)
-    return around + sum(blocks)
-
-
-def rotary(layer: LayerConfig) -> tuple[object, int]:
-    """(kind of rotation, its width) of a layer."""
-    mixer = layer.mixer
-    return getattr(mixer, "rope", None), getattr(mixer, "rope_dim", getattr(mixer, "head_dim", 0))
-
+# ------------------------------------------------------------------------------------------------------------ decoding
 
 def state_specs(config: LMConfig) -> list[StateSpec]:
     """What each layer remembers while decoding, asked of the layers themselves (built without memory)."""
@@ -133,67 +51,301 @@ def cache_bytes(config: LMConfig, length: int, itemsize: int = 2) -> int:
     return sum(spec.bytes_of(length, itemsize) for spec in state_specs(config))
 
 
+# ------------------------------------------------------------------------------------------------------------ training
+
 @dataclass(frozen=True, kw_only=True)
 class TrainMemory:
-    """Bytes on one device, at the worst moment of a step."""
+    """Bytes on one device, each at its own largest; `moments` says what of it exists together."""
 
-    weights: int
+    weights: int                 # float32 masters
     gradients: int
     optimizer: int
     ema: int
-    casts: int                   # copies of the weights in the narrow dtype, kept by autocast until the step ends
+    casts: int                   # copies of the weights in the narrow dtype, kept by autocast until they were used
+    gathered: int                # whole weights, of which ZeRO keeps parts
     activations: int
-    logits: int                  # one chunk in both dtypes, and the head's gradient in float32 if it learns
+    logits: int                  # one chunk and what its loss needs, and the head's gradient in float32 if it learns
+    transient: int               # of the backward pass of one block; one block rebuilt; gradients on their way
+    communication: int           # buffers of collectives
+    scratch: int                 # of the CPU's kernels
+    cache: int
+    update: int                  # what the optimiser needs for a moment
+    host: int                    # in the CPU's memory, for every device
+    moments: dict[str, dict[str, float]]
+
+    @property
+    def worst(self) -> str:
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by kind at the worst moment."""
+        return self.moments[self.worst]
 
     @property
     def total(self) -> int:
-        return sum((self.weights, self.gradients, self.optimizer, self.ema, self.casts, self.activations, self.logits))
+        return int(sum(self.parts.values()))
 
 
-def plan_memory(config: LMConfig, *, batch_size: int, seq_len: int, itemsize: int = 2, optimizer: str = "adamw",
-                ema: bool = False, recompute: bool = False, chunk: int = 1024, lora_rank: int = 0,
-                nf4: bool = False, states: str = "fp32", paged: bool = False) -> TrainMemory:
+def plan_memory(config: LMConfig, *, batch_size: int, seq_len: int, itemsize: int = 2, **options) -> TrainMemory:
     """An estimate for `batch_size` rows of `seq_len` tokens in one micro-batch; the allocator's waste is not in it.
 
-    With `lora_rank` an adapter beside every matrix of the blocks learns, and nothing else; with `nf4` Linears are
-    packed and frozen. `states` are those of the optimiser, `paged` says that states="paged" has a GPU to page from.
+    `options` are those of a Job. With `lora_rank` an adapter beside every matrix of the blocks learns, and nothing
+    else; with `nf4` Linears are packed and frozen. `states` are those of the optimiser, `paged` says that
+    states="paged" has a GPU to page from.
     """
-    params, tokens, rows = count_params(config), batch_size * seq_len, min(chunk, batch_size * seq_len)
-    packed = [m for m in every_matrix(config, ahead=True) if nf4 and m.packs]
-    thin = adapter_matrices(config, lora_rank) if lora_rank else []
-    away, added = sum(m.entries for m in packed), sum(m.entries for m in thin)
-    learning = added if lora_rank else params.total - away
-    casts = itemsize * (params.matrices - away + added + config.vocab_size * config.dim) if itemsize < WIDE else 0
-    if lora_rank:                                            # experts are multiplied with the sum of both
-        casts += WIDE * sum(m.entries for m in every_matrix(config, ahead=False) if m.count > 1)
-    kept = optimizer_bytes(config, optimizer, states=states, lora_rank=lora_rank, nf4=nf4)
+    precision = {2: "bf16", 4: "fp32"}[itemsize]
+    return memory_of(config, Job(**{"rows": batch_size, "seq_len": seq_len, "precision": precision} | options))
+
+
+def memory_of(config: LMConfig, job: Job) -> TrainMemory:
+    """The rank that needs most: with a pipeline the first or the last."""
+    held = chunks(config, job)
+    plans = [rank_memory(config, job, rank, held[rank]) for rank in sorted({0, len(held) - 1})]
+    return max(plans, key=lambda plan: plan.total)
+
+
+@dataclass
+class Weights:
+    """Numbers of a stretch of a model on one rank before ZeRO: what learns (`dense`, and `experts` that are dealt out),
+    what is frozen, in bytes, and the optimiser's bytes; `whole` is what is gathered or cast for a forward pass."""
+
+    dense: float = 0
+    experts: float = 0
+    frozen: float = 0
+    dense_states: float = 0
+    expert_states: float = 0
+    whole: float = 0                 # entries of dense matrices, frozen ones too
+    whole_experts: float = 0
+    all_experts: float = 0
+
+    @property
+    def numbers(self) -> float:
+        """What ZeRO gathers, those of four bits counted as they lie."""
+        return self.dense + self.frozen / WIDE
+
+    def plus(self, other: Weights, times: int = 1) -> Weights:
+        return Weights(*(a + times * b for a, b in zip(vars(self).values(), vars(other).values())))
+
+
+def layer_weights(config: LMConfig, layer: LayerConfig, job: Job, *, ahead: bool = False) -> Weights:
+    """A block, or (`ahead`) a module for a further token."""
+    return weights_of(config, layer, ahead, job.sizes.tensor, job.sizes.expert, job.optimizer, job.states,
+                      job.lora_rank, job.nf4)
+
+
+@by_model
+def weights_of(config: LMConfig, layer: LayerConfig, ahead: bool, tensor: int, expert: int, optimizer: str, states: str,
+               lora_rank: int, nf4: bool) -> Weights:
+    mixer, ffn, vectors = layer_params(config, layer)
+    out = Weights()
+    every = [*mixer.every, *ffn.every] + [Matrix(config.dim, 2 * config.dim, split="")] * ahead
+
+    def learn(m: Matrix, kind: str) -> None:
+        kept = state_bytes(m.entries, kind, states)
+        if m.experts and expert > 1:
+            out.experts, out.expert_states = out.experts + m.entries, out.expert_states + kept
+        else:
+            out.dense, out.dense_states = out.dense + m.entries, out.dense_states + kept
+
+    for m in every:
+        here = m.local(tensor, expert)
+        if m.experts and expert > 1:
+            out.whole_experts += here.entries
+        else:
+            out.whole += here.entries
+        if m.experts:
+            out.all_experts += here.entries
+        if nf4 and m.packs:
+            out.frozen += nf4_bytes(here.entries)
+        elif lora_rank:
+            out.frozen += WIDE * here.entries
+        else:
+            learn(here, optimizer)
+    beside = adapter_matrices(config, lora_rank, every) if lora_rank and not ahead else []
+    for m in (m.local(tensor, expert) for m in beside):
+        learn(m, "adamw")
+        out.whole += m.entries
+    vectors += 3 * norm_params(config) * ahead
+    if lora_rank:
+        out.frozen += WIDE * vectors
+    else:
+        out.dense, out.dense_states = out.dense + vectors, out.dense_states + 2 * WIDE * vectors
+    return out
+
+
+def table_weights(config: LMConfig, job: Job, chunk: Chunk) -> Weights:
+    """Embedding, positions, last norm and head, as far as they are here. Their learning states are AdamW's."""
+    table = -(-config.vocab_size // job.sizes.tensor) * config.dim
+    entries = (table + config.learned_positions * config.seq_len * config.dim) * chunk.first
+    entries += (norm_params(config) + table * (not config.tied or not chunk.first)) * chunk.last
+    read = table * (config.tied or chunk.last)               # the head multiplies; an embedding is only looked up
+    if job.lora_rank:
+        return Weights(frozen=WIDE * entries, whole=read * chunk.last)
+    return Weights(dense=entries, dense_states=2 * WIDE * entries, whole=read * chunk.last)
+
+
+def state_bytes(entries: float, optimizer: str, states: str) -> float:
+    """Of the optimiser, for a matrix."""
+    if states == "8bit" and entries >= 4096:
+        return 2 * (entries + WIDE * -(-entries // 256))
+    return WIDE * entries if optimizer == "muon" else 2 * WIDE * entries
+
+
+def zero_bytes(stage: int, ranks: int, *, weights: float, gradients: float, states: float) -> float:
+    """Bytes per parameter on a device after ZeRO's paper: 2 + 2 + K / N and so on, with K = `states`."""
+    shared = [ranks if stage >= at else 1 for at in (3, 2, 1)]
+    return weights / shared[0] + gradients / shared[1] + states / shared[2]
+
+
+def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> TrainMemory:
+    sizes, stage, a = job.sizes, job.parallel.zero, job.itemsize
+    n = sizes.shard * sizes.context if stage else 1
+    root, blocks = Weights(), Weights()
+    each = [layer_weights(config, layer, job) for chunk in held for layer, _ in chunk.runs]
+    modules = [layer_weights(config, layer, job, ahead=True) for layer in (config.mtp if held[-1].last else ())]
+    for weights, times in zip([*each, *modules], [t for c in held for _, t in c.runs] + [1] * len(modules)):
+        blocks = blocks.plus(weights, times)
+    for chunk in held:
+        root = root.plus(table_weights(config, job, chunk))
+    every, largest = blocks.plus(root), max((w.numbers for w in [*each, *modules]), default=0)
+
+    # What is kept through a step: masters, states, and what is made of them to multiply with.
+    masters = (WIDE * every.dense + every.frozen) / n + WIDE * every.experts
+    states = every.dense_states / n + every.expert_states
+    mine, whole = WIDE * (every.dense / n + every.experts), WIDE * (every.dense + every.experts)      # of gradients
+    width, sharing = job.gather_itemsize, stage > 0 and n > 1
+    narrow = a < WIDE and not job.widened
+    casts = a * (every.whole_experts + every.whole * (not stage or width == WIDE)) * narrow
+    casts += WIDE * every.all_experts * bool(job.lora_rank)  # experts are multiplied with the sum of both
+    gathered = sharing * width * (every.numbers if stage < 3 else root.numbers + 2 * largest)
+    communication = sharing * (width + WIDE) * largest + pipe_buffers(config, job, held)
+    cache = job.cache_tokens and job.cache_tokens * cache_bytes_per_token(config, a) / sizes.tensor
+    fixed = {"weights": masters, "optimizer": states, "ema": mine * job.ema, "scratch": scratch_bytes(config, job),
+             "cache": cache, "gathered": gathered, "communication": communication}
+    host = 0.0
+    if job.parallel.offload:
+        host = masters + states + mine * (1 + job.ema)
+        fixed |= {"weights": 0, "optimizer": 0, "ema": 0}
+    elif job.states == "paged" and job.paged:
+        host, fixed["optimizer"] = states, min(states, PAGE_BYTES)
+
+    # Gradients: before the last micro-batch of a step, and after it.
+    several = job.accumulate * job.pieces > 1 or stage == 0 and job.world > 1 and job.parallel.plain  # DDP's buckets
+    after = 0 if job.parallel.offload else whole if stage == 0 else mine
+    before = several * (whole if stage < 2 else after)
+    kept, borders = kept_by_layer(config, job, rank, held)
+    logits, logits_back = head_bytes(config, job) if held[-1].last else (0, 0)
+    full = {"activations": kept, "casts": casts, "gradients": before}
+    moments = {"the loss": full | {"logits": logits}}
+    if held[-1].last and not job.lora_rank:
+        moments["the gradient of the head"] = full | {"logits": logits_back}
+    done = WIDE * root.dense / n * held[-1].last
+    for name, remaining, own, gradients in borders:          # from the last block to the first
+        moments[f"the backward pass of {name}"] = {
+            "activations": remaining, "casts": casts * remaining / max(kept, 1), "transient": own,
+            "gradients": max(before, min(after, done))}
+        done += gradients / n
+    if held[0].first and not job.lora_rank:
+        moments["the gradient of the embedding"] = {"gradients": max(before, after),
+                                                    "transient": WIDE * root.dense * config.tied}
+    if stage == 0 and not job.parallel.plain and job.world > 1:                   # flat copies, two buckets at a time
+        moments["the sum over ranks"] = {"gradients": after, "communication": min(whole, 2 * BUCKET_BYTES)}
+    update = muon_bytes(config, job, held) if job.optimizer == "muon" and not job.lora_rank else 0
+    moments["the update"] = {"gradients": after, "update": update, "gathered": 0, "communication": 0}
     return TrainMemory(
-        weights=WIDE * (params.total - away + added) + sum(nf4_bytes(m.entries) for m in packed),
-        gradients=WIDE * learning,
-        optimizer=min(kept, PAGE_BYTES) if states == "paged" and paged else kept,
-        ema=WIDE * learning if ema else 0,
-        casts=casts,
-        activations=int(tokens * activation_bytes_per_token(config, itemsize=itemsize, recompute=recompute,
-                                                            lora_rank=lora_rank)),
-        logits=rows * config.vocab_size * (itemsize + WIDE)
-        + (0 if lora_rank else WIDE * config.vocab_size * config.dim))
+        **{k: int(v) for k, v in fixed.items()}, gradients=int(max(before, after)), casts=int(casts),
+        activations=int(kept), logits=int(max(logits, logits_back)), update=int(update), host=int(host),
+        transient=int(max((own for _, _, own, _ in borders), default=0)),
+        moments={name: {k: v for k, v in (fixed | parts).items() if v} for name, parts in moments.items()})
+
+
+BUCKET_BYTES = 25 << 20                                      # of gradients that are averaged in one go
+
+
+def kept_by_layer(config: LMConfig, job: Job, rank: int, held: list[Chunk]
+                  ) -> tuple[float, list[tuple[str, float, float, float]]]:
+    """(bytes of activations at the end of the forward pass, and for the ends of stretches of equal layers, from the
+    last block to the first: name, bytes that are left, bytes for a moment, gradients that come until the next)."""
+    sizes, a, tokens = job.sizes, job.itemsize, job.tokens
+    flying = in_flight(job.parallel.schedule, sizes.pipe, job.pieces, rank) if sizes.pipe > 1 else [1]
+    before, behind = (k.on_rank(sizes.tensor, job.sequence) * tokens for k in around_kept(config, a))
+    total, borders, number = 0.0, [], 0
+    for chunk, pieces in zip(held, flying):
+        ahead = [(layer, 1) for layer in config.mtp] if chunk.last else []
+        total += pieces * (before * chunk.first + behind * chunk.last)
+        for at, (layer, times) in enumerate([*chunk.runs, *ahead]):
+            module = at >= len(chunk.runs)
+            lora = 0 if module else job.lora_rank
+            made = block_kept(config, layer, a, False, lora, job.cpu, job.compiled)
+            kept = block_kept(config, layer, a, job.recompute, lora, job.cpu, job.compiled)
+            whole = tokens * made.on_rank(sizes.tensor, job.sequence)
+            one = tokens * kept.on_rank(sizes.tensor, job.sequence)
+            if module:                                       # norms and input of the join, and a head of its own
+                total += tokens * (around_kept(config, a)[1].total + config.dim * (WIDE + 2 * a) + 2 * WIDE)
+            if lora and not number and chunk.first and config.placement != "post" and not job.recompute:
+                total -= tokens * (config.dim * WIDE + WIDE) / job.sequence       # the first reads a frozen embedding
+            own = tokens * transient(config, layer, a).on_rank(sizes.tensor, job.sequence)
+            own += whole - one * (job.recompute == "selective") if job.recompute else 0          # the block made again
+            weights = layer_weights(config, layer, job, ahead=module)
+            gradient = WIDE * (weights.dense + weights.experts)
+            own += WIDE * weights.all_experts * (not job.lora_rank)               # of all experts at once
+            names = [f"block {number + times}"] + [f"block {number + 1}"] * (times > 1)
+            ends = [(names[0], total + pieces * one * times, own, gradient * (times - 1 or 1))]
+            ends += [(names[-1], total + pieces * one, own, gradient)] * (times > 1)
+            borders, number = ends + borders, number + times
+            total += pieces * one * times
+    return total, borders
+
+
+def head_bytes(config: LMConfig, job: Job) -> tuple[float, float]:
+    """(forward, backward): logits of one chunk with what is made of them; the head's gradient where it learns."""
+    tokens, vocab = job.tokens, -(-config.vocab_size // job.sizes.tensor)
+    narrow = WIDE if job.widened else job.itemsize
+    gradient = 0 if job.lora_rank else vocab * config.dim * WIDE
+    if job.cpu or job.precision == "fp16" or job.sizes.tensor > 1:                # core.ChunkedHead
+        rows, wide = min(job.chunk, tokens), vocab * WIDE
+        again = rows * wide * (2 if tokens > rows else 1) + gradient              # the chunk before is still there
+        summed = rows * (wide + vocab * narrow * (narrow < WIDE)) + gradient + (vocab * config.dim * narrow if gradient
+                                                                                else 0)
+        return rows * wide * 2, max(again, summed) + tokens * config.dim * job.itemsize
+    size = tokens * vocab * narrow                                                # nn/fused_head.py
+    rows = tokens if size <= KEEP_BYTES else min(tokens, max(job.chunk, CHUNK_BYTES // (vocab * narrow)))
+    return rows * vocab * narrow, rows * vocab * narrow + gradient
+
+
+def pipe_buffers(config: LMConfig, job: Job, held: list[Chunk]) -> float:
+    """What torch's stages receive into, for every piece: activations, and their gradients."""
+    if job.sizes.pipe == 1:
+        return 0
+    one = job.tokens / job.sequence * config.dim * WIDE
+    return job.pieces * one * sum((not chunk.first) + (not chunk.last) for chunk in held)
+
+
+def muon_bytes(config: LMConfig, job: Job, held: list[Chunk]) -> float:
+    """What orthogonalising needs for a moment: matrices of one shape go through together, and each rank does all of
+    them whole (optim/muon.py): a list and a stack of them, and four more in the course of an iteration."""
+    shapes: dict[tuple[int, int, int], float] = defaultdict(float)
+    inside = WIDE if job.precision == "fp32" or job.widened else 2
+    stretches = [run for chunk in held for run in chunk.runs] + [(layer, 1) for layer in config.mtp] * held[-1].last
+    for layer, times in stretches:
+        for m in (m.local(1, job.sizes.expert) for part in layer_params(config, layer)[:2] for m in part.every):
+            shapes[m.rows, m.columns, m.count] += times
+    if held[-1].last and config.mtp:
+        shapes[config.dim, 2 * config.dim, 1] += len(config.mtp)
+
+    def one(rows: int, columns: int, count: int, times: float) -> float:
+        return times * count * (rows * columns * (2 * WIDE + 4 * inside) + min(rows, columns) ** 2 * inside)
+
+    return max(one(*shape, times) for shape, times in shapes.items())
 
 
 def optimizer_bytes(config: LMConfig, optimizer: str, *, states: str = "fp32", lora_rank: int = 0,
                     nf4: bool = False) -> int:
     """AdamW keeps two float32 moments, or of large matrices two bytes and, for every 256, two float32; Muon one moment
     for the matrices of blocks, leaving the rest, adapters among it, to AdamW."""
-    params, muon = count_params(config), optimizer == "muon" and not lora_rank
-    rest = 0 if lora_rank else params.total - params.matrices
-    matrices = adapter_matrices(config, lora_rank) if lora_rank else [
-        m for m in every_matrix(config, ahead=True) if not (nf4 and m.packs)]
-
-    def bytes_of(entries: int) -> int:
-        if states == "8bit" and entries >= 4096:
-            return 2 * (entries + WIDE * -(-entries // 256))
-        return WIDE * entries if muon else 2 * WIDE * entries
-
-    return sum(bytes_of(m.entries) for m in matrices) + 2 * WIDE * rest
+    return plan_memory(config, batch_size=1, seq_len=1, optimizer=optimizer, states=states, lora_rank=lora_rank,
+                       nf4=nf4).optimizer
 
 
 def nf4_bytes(entries: int) -> int:

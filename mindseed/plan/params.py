@@ -6,7 +6,7 @@ layers; a test compares every one with real tensors. A tied head is counted once
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.nn.ffn import MLPConfig, SwiGLUConfig
@@ -17,17 +17,29 @@ from mindseed.nn.moe import MoEConfig
 
 
 class Matrix(NamedTuple):
-    """`count` matrices of one shape, and what may be done with them: an adapter beside each, four bits for each."""
+    """`count` matrices of one shape, and what may be done with them: an adapter beside each, four bits for each, and
+    the dim that tensor parallel splits (nn/linear.py's roles: column spreads rows, what comes out)."""
 
     rows: int
     columns: int
     count: int = 1
     adapts: bool = True
     packs: bool = True
+    split: Literal["rows", "columns", ""] = "rows"
+    experts: bool = False            # of which a token visits some
 
     @property
     def entries(self) -> int:
         return self.count * self.rows * self.columns
+
+    def local(self, tensor: int, expert: int = 1) -> Matrix:
+        """What a rank has of it: a part of each, and of a mixture's experts some."""
+        rows, columns = self.rows, self.columns
+        if self.split == "rows":
+            rows = -(-rows // tensor)
+        elif self.split == "columns":
+            columns = -(-columns // tensor)
+        return self._replace(rows=rows, columns=columns, count=-(-self.count // (expert if self.experts else 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +60,25 @@ class Matrices:
         return self.matrices - self.idle
 
 
+def back(dim: int, width: int) -> Matrix:
+    """The way out, into the residual stream."""
+    return Matrix(dim, width, split="columns")
+
+
 def gqa(dim: int, c: GQAConfig) -> Matrices:
     """Queries and the way out are D x HK, keys and values D x GK each."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    return Matrices(every=(Matrix(q, dim), Matrix(kv, dim), Matrix(kv, dim), Matrix(dim, q)),
+    return Matrices(every=(Matrix(q, dim), Matrix(kv, dim), Matrix(kv, dim), back(dim, q)),
                     vectors=2 * c.head_dim if c.qk_norm else 0)
 
 
 def mla(dim: int, c: MLAConfig) -> Matrices:
     """Queries straight or through their bottleneck; down to the latent and up to keys and values; the way out."""
     keys, values = c.heads * c.key_dim, c.heads * c.value_dim
-    queries = (Matrix(keys, dim),) if c.q_rank is None else (Matrix(c.q_rank, dim), Matrix(keys, c.q_rank))
-    return Matrices(every=(*queries, Matrix(c.kv_rank + c.rope_dim, dim),
-                           Matrix(c.heads * c.plain_dim + values, c.kv_rank), Matrix(dim, values)),
+    queries = (Matrix(keys, dim),) if c.q_rank is None else (
+        Matrix(c.q_rank, dim, split=""), Matrix(keys, c.q_rank))
+    return Matrices(every=(*queries, Matrix(c.kv_rank + c.rope_dim, dim, split=""),
+                           Matrix(c.heads * c.plain_dim + values, c.kv_rank), back(dim, values)),
                     vectors=c.kv_rank + (c.q_rank or 0))
 
 
@@ -68,7 +86,7 @@ def delta(dim: int, c: DeltaConfig) -> Matrices:
     """Queries and keys D x GK; values, their gate and the way out D x HV; two gates per head; the filters."""
     keys, values, gate = c.key_heads * c.key_dim, c.heads * c.value_dim, Matrix(c.heads, dim, packs=False)
     return Matrices(every=(Matrix(keys, dim), Matrix(keys, dim), Matrix(values, dim), Matrix(values, dim), gate, gate,
-                           Matrix(dim, values)),
+                           back(dim, values)),
                     vectors=(2 * keys + values) * c.conv + 2 * c.heads + c.value_dim)
 
 
@@ -78,19 +96,19 @@ def swiglu(dim: int, c: SwiGLUConfig) -> Matrices:
 
 
 def three(dim: int, width: int) -> tuple[Matrix, ...]:
-    return (Matrix(width, dim), Matrix(width, dim), Matrix(dim, width))
+    return (Matrix(width, dim), Matrix(width, dim), back(dim, width))
 
 
 def mlp(dim: int, c: MLPConfig) -> Matrices:
     """Up and down: two D x F."""
-    return Matrices(every=(Matrix(c.ffn_dim, dim), Matrix(dim, c.ffn_dim)))
+    return Matrices(every=(Matrix(c.ffn_dim, dim), back(dim, c.ffn_dim)))
 
 
 def moe(dim: int, c: MoEConfig) -> Matrices:
     """The router, E experts of three D x F, of which k are visited, and the shared one."""
-    experts = tuple(m._replace(count=c.experts, packs=False) for m in three(dim, c.expert_dim))
+    experts = tuple(m._replace(count=c.experts, packs=False, experts=True) for m in three(dim, c.expert_dim))
     shared = three(dim, c.shared_dim) if c.shared_dim else ()
-    return Matrices(every=(Matrix(c.experts, dim, adapts=False, packs=False), *experts, *shared),
+    return Matrices(every=(Matrix(c.experts, dim, adapts=False, packs=False, split=""), *experts, *shared),
                     idle=(c.experts - c.top_k) * 3 * dim * c.expert_dim)
 
 
@@ -148,10 +166,12 @@ def every_matrix(config: LMConfig, *, ahead: bool) -> list[Matrix]:
     """The matrices of all blocks; `ahead`: of the modules for further tokens as well."""
     layers = (*config.layers, *config.mtp) if ahead else config.layers
     found = [m for layer in layers for part in layer_params(config, layer)[:2] for m in part.every]
-    return found + [Matrix(config.dim, 2 * config.dim)] * (len(config.mtp) if ahead else 0)
+    return found + [Matrix(config.dim, 2 * config.dim, split="")] * (len(config.mtp) if ahead else 0)
 
 
-def adapter_matrices(config: LMConfig, rank: int) -> list[Matrix]:
-    """A and B of an adapter beside every matrix of the blocks that can have one."""
-    return [pair for m in every_matrix(config, ahead=False) if m.adapts
-            for pair in (Matrix(rank, m.columns, m.count), Matrix(m.rows, rank, m.count))]
+def adapter_matrices(config: LMConfig, rank: int, beside: list[Matrix] | None = None) -> list[Matrix]:
+    """A and B of an adapter beside every matrix of the blocks that can have one, or beside those given."""
+    found = every_matrix(config, ahead=False) if beside is None else beside
+    return [pair for m in found if m.adapts for pair in (
+        m._replace(rows=rank, split="columns" if m.split == "columns" else ""),
+        m._replace(columns=rank, split="rows" if m.split == "rows" else ""))]

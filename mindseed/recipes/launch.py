@@ -67,6 +67,9 @@ def run_problems(options: TrainOptions | RLOptions) -> list[str]:
                      "shares them out")
     if not mesh.plain and options.lora.rank and options.lora.nf4:
         found.append("lora.nf4 packs the base's weights, which parallel.zero would have to take apart")
+    if mesh.backend == "deepspeed" and mesh.zero == 3 and getattr(options.loop, "ema", None):
+        found.append("loop.ema averages weights that DeepSpeed's stage 3 has taken apart; parallel.zero=2 or "
+                     "parallel.backend=native keep them")
     if mesh.deepspeed and mesh.backend != "deepspeed":
         found.append("parallel.deepspeed names a file for parallel.backend=deepspeed, which is not asked for")
     return found
@@ -90,8 +93,17 @@ def gathers_in_bf16(options: TrainOptions | RLOptions, device: torch.device) -> 
 
 
 def backend_of(options: TrainOptions | RLOptions, model: nn.Module, objective: Objective,
-               optimizers: list[torch.optim.Optimizer], mesh: Mesh | None) -> NativeBackend:
+               optimizers: list[torch.optim.Optimizer], mesh: Mesh | None) -> Any:
     """The backend that the mesh asks for, around a model that has been shared out."""
+    mine = options.parallel
+    if mine.backend == "deepspeed":
+        from mindseed.train.deepspeed import deepspeed_backend
+        rows = options.loop.micro_batch * dist.row_ranks()
+        bf16 = gathers_in_bf16(options, next(model.parameters()).device)
+        return deepspeed_backend(
+            model, objective, optimizers, zero=mine.zero, offload=mine.offload, precision=options.loop.precision,
+            gather="bf16" if bf16 else "fp32", max_norm=options.optim.max_norm, micro_batch=options.loop.micro_batch,
+            accumulate=max(1, (getattr(options.loop, "batch", None) or 0) // rows), json=mine.deepspeed)
     how: dict[str, Any] = {"precision": options.loop.precision, "max_norm": options.optim.max_norm, "mesh": mesh}
     if mesh and mesh.sizes.pipe > 1:
         from mindseed.train.pipelined import PipelinedBackend

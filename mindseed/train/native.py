@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from mindseed.base.errors import UserError
 from mindseed.core import Batch, Objective
 from mindseed.models.config import untrainable
 from mindseed.models.lm import LM
+from mindseed.parallel import checkpoint as spread
 from mindseed.parallel import clip, data, fsdp
 from mindseed.parallel.context import Ring
 from mindseed.parallel.gather import gathered
@@ -159,9 +161,21 @@ class NativeBackend:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Of the model, by name: what a checkpoint holds beside `state_dict`."""
+        return self.model.state_dict()
+
+    def load_weights(self, saved: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(saved)
+
+    def load_spread(self, folder: Path, small: dict, average: dict[str, Tensor] | None) -> None:
+        """Take over what several ranks have written in parts: weights, states, and the moving average."""
+        spread.load(folder, self.model, self.optimizers, average)
+        self.load_small(small)
+
     def state_dict(self) -> dict:
         return {"optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict(),
-                "skipped": self.skipped}
+                "skipped": self.skipped, "names": [spread.names_of(self.model, o) for o in self.optimizers]}
 
     def load_state_dict(self, state: dict) -> None:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -23,7 +23,6 @@ from mindseed.base.errors import UserError
 from mindseed.base.files import atomic, read_json, recover, sha256, write_json
 from mindseed.optim.ema import EMA
 from mindseed.parallel import checkpoint as spread
-from mindseed.train.native import NativeBackend
 from mindseed.train.step import Run
 
 FORMAT = 1
@@ -35,31 +34,26 @@ def capture(run: Run, ema: EMA | None) -> dict[str, Any]:
     """Everything that the next step depends on, as tensors and plain values; without the tensors, where they are spread
     over ranks. A collective call: all ranks take part."""
     backend = run.backend
-    assert isinstance(backend, NativeBackend)
     small = {"source": run.source.state_dict(), "step": run.step, "tokens": run.tokens,
              "random": dist.gather(random_state())}
     if backend.mesh is not None:
-        about = {name: value for name, value in backend.state_dict().items() if name != "optimizers"}
+        about = {"scaler": backend.scaler.state_dict(), "skipped": backend.skipped}
         return small | {"backend": about, "ema": {"updates": ema.updates} if ema else None}
-    names = [spread.names_of(backend.model, optimizer) for optimizer in backend.optimizers]
-    return small | {"model": backend.model.state_dict(), "backend": backend.state_dict() | {"names": names},
+    return small | {"model": backend.weights(), "backend": backend.state_dict(),
                     "ema": ema.state_dict() if ema else None,
                     "balance": run.balance.state_dict() if run.balance else None}
 
 
 def restore(run: Run, ema: EMA | None, saved: dict[str, Any]) -> None:
     """Put `run` where `capture` found it. On another number of ranks the random states start afresh from rank 0's."""
-    backend = run.backend
-    assert isinstance(backend, NativeBackend)
+    backend, average = run.backend, ema.average if ema and saved["ema"] else None
     if "shards" in saved:
-        average = ema.average if ema and saved["ema"] else None
-        spread.load(saved["shards"], backend.model, backend.optimizers, average)
-        backend.load_small(saved["backend"])
+        backend.load_spread(saved["shards"], saved["backend"], average)
     elif backend.mesh is not None:
-        spread.take_apart(saved, backend.model, backend.optimizers, ema.average if ema and saved["ema"] else None)
+        spread.take_apart(saved, backend.model, backend.optimizers, average)
         backend.load_small(saved["backend"])
     else:
-        backend.model.load_state_dict(saved["model"])
+        backend.load_weights(saved["model"])
         backend.load_state_dict(saved["backend"])
         if ema and saved["ema"]:
             ema.load_state_dict(saved["ema"])
