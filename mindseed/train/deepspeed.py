@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as torch_dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from mindseed.base import dist
@@ -260,6 +259,7 @@ class DeepSpeedBackend:
     def load_spread(self, folder: Path, small: dict, average: dict[str, Tensor] | None) -> None:
         """Take over what the ranks of a mesh have written in parts (parallel/checkpoint.py), and of their backend's
         state what is `small`. Rank 0 puts it together and hands it out."""
+        import torch.distributed.checkpoint as dcp
         here = {f"ema/{name}": x for name, x in (average or {}).items()}
         here |= {f"load/{name}": torch.empty(module.config.experts) for name, module in self.model.named_modules()
                  if isinstance(module, MoE)}
