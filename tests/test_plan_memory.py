@@ -35,6 +35,7 @@ SETTINGS: dict[str, tuple[Shape, int, Job]] = {
     "long": (SHAPE, 300, replace(FEW, rows=1, seq_len=1024)),
     "several chunks of logits": (SHAPE, 800, replace(FEW, rows=20)),
     "large vocabulary": (replace(SHAPE, tied=False), 6000, replace(FEW, rows=1)),
+    "wide feed-forward": (replace(SHAPE, layers=2, ffn_dim=1024), 64, FEW),
     "mixture": (mixture(SHAPE, 128), 800, FEW),
     "plain": (replace(SHAPE, norm="layer", activation="gelu", positions="learned"), 800, FEW)}
 

@@ -197,6 +197,14 @@ def test_micro_batches_send_again_only_where_little_is_kept():
         assert sent(replace(once, accumulate=4), axis) == pytest.approx(times * sent(once, axis))
 
 
+def test_gradients_hide_behind_the_backward_pass_under_ddp_alone():
+    def reduced(**axes):
+        time = step_time(SMALL, replace(FEW, rows=8, world=16, parallel=ParallelOptions(**axes)), machine("H100"))
+        return next(t for t in time.transfers if t.axis == "replica")
+    alone, beside = reduced(), reduced(tensor=2)
+    assert alone.exposed < 0.8 * alone.seconds and beside.exposed == beside.seconds
+
+
 def test_tensor_parallel_moves_the_stream_four_times_each_way():
     """And all but the last once more in a pass that is computed again; those of embedding and head come on top."""
     job = replace(FEW, world=4, parallel=ParallelOptions(tensor=4))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from dataclasses import dataclass
 from typing import Any, Iterator
 
@@ -79,8 +80,10 @@ def process_group(device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        watch = Watch(rank(), world_size()) if world_size() > 1 else None
-        if watch:
+        if world_size() > 1:
+            life = [secrets.token_hex(8)]
+            dist.broadcast_object_list(life, src=0)
+            watch = Watch(rank(), world_size(), life[0])
             watch.start()
     word: str | None = None
     try:

@@ -87,6 +87,9 @@ class ParallelOptions:
                          f"must be {data // self.replicas * self.context} (shard x context), it is {self.expert}")
         if self.offload and not self.zero:
             found.append("parallel.offload needs parallel.zero 1, 2 or 3 (on one rank too)")
+        if self.backend == "deepspeed" and self.replicas > 1:
+            found.append(f"the deepspeed backend shards over all ranks, so parallel.replicas={self.replicas} is not for "
+                         "it")
         if self.backend == "deepspeed" and rest * self.expert > 1:
             found.append(f"the deepspeed backend knows data parallelism alone, not {product}, expert {self.expert}")
         return found

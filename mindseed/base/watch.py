@@ -22,13 +22,14 @@ SILENCE_S = 45.0                                  # longer than any operation th
 class Watch(threading.Thread):
     """Started when a process group has been joined; `stop` ends it, with a last word if this rank has failed."""
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, life: str) -> None:
+        """`life` is a word that all ranks of this start have in common, and those of an earlier one had not: the store
+        outlives a restart."""
         super().__init__(daemon=True, name="watch")
         self.rank, self.world, self.over = rank, world, threading.Event()
         store = torch_dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                     timeout=timedelta(seconds=SILENCE_S))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = torch_dist.PrefixStore(f"watch-{attempt}", store)
+        self.store = torch_dist.PrefixStore(f"watch-{life}", store)
         self.store.add(f"beat-{rank}", 1)
 
     def run(self) -> None:

@@ -60,7 +60,7 @@ def run_problems(options: TrainOptions | RLOptions) -> list[str]:
                      "`mindseed generate` draws them from the model at the end")
     if mesh.tensor > 1 and getattr(getattr(options, "objective", None), "label_smoothing", 0):
         found.append("objective.label_smoothing needs the whole vocabulary, which parallel.tensor splits")
-    if not mesh.plain and options.loop.precision == "fp16":
+    if not mesh.plain and mesh.backend == "native" and options.loop.precision == "fp16":
         found.append("loop.precision=fp16 scales losses rank by rank; on a mesh train in bf16 or fp32")
     if not mesh.plain and options.optim.states != "fp32":
         found.append(f"optim.states={options.optim.states} keeps whole matrices' states; on a mesh parallel.zero "
