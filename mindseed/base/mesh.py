@@ -88,8 +88,8 @@ class ParallelOptions:
         if self.offload and not self.zero:
             found.append("parallel.offload needs parallel.zero 1, 2 or 3 (on one rank too)")
         if self.backend == "deepspeed" and self.replicas > 1:
-            found.append(f"the deepspeed backend shards over all ranks, so parallel.replicas={self.replicas} is not for "
-                         "it")
+            found.append("the deepspeed backend shards over all ranks, so it cannot have parallel.replicas="
+                         f"{self.replicas}")
         if self.backend == "deepspeed" and rest * self.expert > 1:
             found.append(f"the deepspeed backend knows data parallelism alone, not {product}, expert {self.expert}")
         return found
