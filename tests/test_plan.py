@@ -19,13 +19,14 @@ from mindseed.models.lm import LM, build
 from mindseed.models.presets import PRESETS, LatentShape, Shape, preset, shape_of_depth
 from mindseed.nn.ffn import SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
+from mindseed.nn.linear import Linear
 from mindseed.nn.linear_attention import DeltaConfig
 from mindseed.nn.moe import ExpertLinear, MoEConfig
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
 from mindseed.plan.flops import flops_per_token, layer_flops
 from mindseed.plan.activations import activation_bytes_per_token
 from mindseed.plan.memory import cache_bytes, cache_bytes_per_token, optimizer_bytes, plan_memory, token_ratio
-from mindseed.plan.params import adapter_matrices, count_params
+from mindseed.plan.params import adapter_matrices, count_params, every_matrix
 from mindseed.quant.linear import quantize_model
 from mindseed.recipes.options import DataOptions, LoopOptions, ModelOptions, TrainOptions, derive
 
@@ -77,6 +78,15 @@ def test_parameters_by_part_equal_the_built_model(config):
     idle = sum(m.weight.numel() // m.weight.shape[0] * (m.weight.shape[0] - 2) for name, m in model.named_modules()
                if isinstance(m, ExpertLinear))                                    # two of them are visited
     assert counted.active == counted.total - sizes["mtp"] - idle
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), LINEAR], ids=[*CONFIGS, "linear"])
+def test_matrices_are_split_as_the_roles_of_the_real_ones_say(config):
+    split = {"column": "rows", "row": "columns", "replicated": ""}
+    real = [(*m.weight.shape[-2:], m.weight.shape[0] if isinstance(m, ExpertLinear) else 1, split[m.role])
+            for m in build(config).modules() if isinstance(m, (Linear, ExpertLinear)) and m.weight.shape[-2] != 352]
+    planned = [(m.rows, m.columns, m.count, m.split) for m in every_matrix(config, ahead=True)]
+    assert sorted(real) == sorted(planned)
 
 
 @pytest.mark.parametrize("shape", [*PRESETS.values(), shape_of_depth(2), shape_of_depth(5)])

@@ -219,6 +219,9 @@ def test_experts_get_their_tokens_and_give_them_back():
     moved = [t for t in step_time(config, job, machine("H100")).transfers if t.axis == "expert"]
     assert moved[0].sent == pytest.approx(8 * 4 * 2 * (2 * 512 * 512 * 2) * 3 / 4)           # layers, ways, top_k
     assert moved[0].seconds == moved[0].exposed > 0
+    alone = step_time(config, replace(job, parallel=ParallelOptions()), machine("H100")).kinds["products"]
+    dealt = step_time(config, job, machine("H100")).kinds["products"]
+    assert dealt == pytest.approx(alone, rel=0.1)  # fewer experts, each with the tokens of all ranks: as much work
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -336,9 +339,10 @@ def test_what_a_slow_network_costs():
 # --------------------------------------------------------------------------------------------------------------- search
 
 def test_the_best_plan_is_the_best_of_all_that_fit():
-    board = replace(machine("H100"), memory=2.2e9)
+    board = replace(machine("H100"), memory=3e8)
     found = search(SMALL, replace(FEW, world=8), board, rows=32, keep=50)
     assert found.plans == sorted(found.plans, key=lambda plan: plan.time.total)
+    assert found.too_big and found.too_big[0][0] > ROOM * board.memory
     best = found.plans[0]
     for plan in found.plans:
         assert plan.memory.total <= ROOM * board.memory and plan.job.tokens_per_step == 32 * 1024
