@@ -44,7 +44,7 @@ def config_of(shape: str) -> LMConfig:
 
 
 def planned(shape: str, method: str) -> TrainMemory:
-    return plan_memory(config_of(shape), batch_size=1, seq_len=LENGTH, itemsize=4, **METHODS[method])
+    return plan_memory(config_of(shape), batch_size=1, seq_len=LENGTH, itemsize=4, cpu=True, **METHODS[method])
 
 
 def backend_of(shape: str, method: str) -> NativeBackend:

@@ -336,7 +336,7 @@ def need(name: str) -> float:
 
 def planned_bytes(row: Row, size: Size) -> int:
     return plan_memory(size.config, batch_size=size.rows, seq_len=size.seq_len, optimizer="adamw",
-                       recompute=row.recompute).total
+                       recompute=row.recompute, compiled=row.compiled).total
 
 
 def start(name: str, folder: Path, options: argparse.Namespace) -> subprocess.Popen:

@@ -26,8 +26,8 @@ ATTENTION = {aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_
 def run_again(block: nn.Module, how: Recompute, *inputs: Any) -> Any:
     """block(*inputs), of which the backward pass will run again what was not kept."""
     draws = any(getattr(module, "dropout", 0) for module in block.modules())      # numbers that must come again
-    how = {"context_fn": contexts} if how == "selective" else {}
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws, **how)
+    keeping = {"context_fn": contexts} if how == "selective" else {}
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws, **keeping)
 
 
 def contexts() -> tuple[Any, Any]:

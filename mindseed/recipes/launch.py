@@ -19,12 +19,14 @@ import mindseed
 from mindseed.base import config as base_config
 from mindseed.base import dist
 from mindseed.base.errors import UserError
+from mindseed.base.hardware import fast_bfloat16
 from mindseed.base.mesh import ParallelOptions
 from mindseed.core import Objective
 from mindseed.interop.directory import config_of
 from mindseed.models.config import LMConfig
 from mindseed.models.splitting import splitting_problems
 from mindseed.parallel.mesh import Mesh
+from mindseed.plan.job import Job
 from mindseed.recipes.options import TrainOptions
 from mindseed.recipes.rl_options import RLOptions
 from mindseed.tokenizers.hf_json import load_tokenizer
@@ -83,6 +85,16 @@ def config_ahead(options: TrainOptions | RLOptions) -> LMConfig | None:
     if options.data.tokenizer and Path(options.data.tokenizer).exists():
         vocab_size = load_tokenizer(options.data.tokenizer).vocab_size
     return options.model.shape(options.depth).lm_config(vocab_size=vocab_size, seq_len=options.data.seq_len or 512)
+
+
+def job_of(options: TrainOptions, device: torch.device | None, *, rows: int, world: int, precision: str) -> Job:
+    """What the planner is told of a step of `rows` rows on each rank; device None: a GPU that is not here."""
+    loop, cpu = options.loop, device is not None and device.type == "cpu"
+    return Job(rows=rows, seq_len=options.data.seq_len, world=world, parallel=options.parallel, precision=precision,
+               recompute=loop.recompute, optimizer=options.optim.kind, states=options.optim.states,
+               paged=device is None or device.type == "cuda", ema=loop.ema is not None, lora_rank=options.lora.rank,
+               nf4=options.lora.nf4, cpu=cpu, widened=cpu and precision == "bf16" and not fast_bfloat16(),
+               compiled=loop.compile)
 
 
 def gathers_in_bf16(options: TrainOptions | RLOptions, device: torch.device) -> bool:

@@ -21,7 +21,7 @@ import torch
 from mindseed.base import dist
 from mindseed.base.config import option, suggestion
 from mindseed.base.errors import UserError
-from mindseed.base.hardware import fast_bfloat16, peak, total_memory
+from mindseed.base.hardware import peak, total_memory
 from mindseed.base.log import bytes_text, say, warn
 from mindseed.data.shards import Prepared
 from mindseed.interop.directory import config_of
@@ -39,6 +39,7 @@ from mindseed.plan.published import PUBLISHED, published
 from mindseed.plan.search import ROOM, Plan, nearest, search
 from mindseed.plan.time import step_time
 from mindseed.recipes import plan_picture, plan_tables
+from mindseed.recipes.launch import job_of
 from mindseed.recipes.machine import choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.options import TrainOptions, derive, with_rows
 
@@ -174,16 +175,11 @@ def the_job(options: Options, config: LMConfig, board: Machine, device: torch.de
     """A step of `world` devices, as far as it is known before the batch is derived. UserError with everything that is
     wrong with the mesh."""
     loop, parallel, precision = options.loop, options.parallel, precision_of(options, board, device)
-    cpu = device is not None and device.type == "cpu"
     problems = parallel.problems(world) + splitting_problems(config, parallel, seq_len=options.data.seq_len)
     if problems and not options.search:
         raise UserError("\n".join(["this cannot be shared out so:", *(f"  {line}" for line in problems)])
                         if len(problems) > 1 else problems[0])
-    job = Job(rows=1, seq_len=options.data.seq_len, world=world, parallel=parallel, precision=precision,
-              recompute=loop.recompute, optimizer=options.optim.kind, states=options.optim.states,
-              paged=device is None or device.type == "cuda", ema=loop.ema is not None, lora_rank=options.lora.rank,
-              nf4=options.lora.nf4, cpu=cpu, widened=cpu and precision == "bf16" and not fast_bfloat16(),
-              compiled=loop.compile)
+    job = job_of(options, device, rows=1, world=world, precision=precision)
     rows = loop.micro_batch or max(1, 4096 // job.seq_len) * (1 if options.search else job.pieces)
     return replace(job, rows=rows)
 

@@ -43,13 +43,13 @@ from mindseed.parallel.context import Cut
 from mindseed.parallel.mesh import make_mesh
 from mindseed.parallel.parallelize import parallelize
 from mindseed.plan.flops import flops_per_token
-from mindseed.plan.memory import plan_memory
+from mindseed.plan.memory import memory_of
 from mindseed.plan.params import count_params
 from mindseed.recipes import adapter
 from mindseed.recipes.machine import DTYPES, choose_precision, multiply_in, warn_if_too_big
 from mindseed.recipes.methods import VALUES, equip, learning, measure, require_kind, source_of
 from mindseed.recipes.model_options import MLAOptions, ModelOptions
-from mindseed.recipes.launch import backend_of, check_ranks, gathers_in_bf16, short_hash
+from mindseed.recipes.launch import backend_of, check_ranks, gathers_in_bf16, job_of, short_hash
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, with_rows, without_effect
 from mindseed.recipes.run_folder import (alone_in_its_folder, begun, carried_out, open_run, options_of_run,
                                          resolved, say_changes)
@@ -349,11 +349,9 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
              "loop.epochs), would serve the model better")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
-    warn_if_too_big(plan_memory(c, batch_size=loop.micro_batch, seq_len=options.data.seq_len,
-                                itemsize=DTYPES[loop.precision].itemsize, optimizer=options.optim.kind,
-                                ema=loop.ema is not None, recompute=loop.recompute, lora_rank=options.lora.rank,
-                                nf4=options.lora.nf4, states=options.optim.states,
-                                paged=device.type == "cuda").total, device)
+    job = job_of(options, device, rows=loop.micro_batch, world=dist.world_size(),
+                 precision=loop.precision.removesuffix("-block"))
+    warn_if_too_big(memory_of(c, job).total, device)
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
           [list(row) for row in group_table(groups)])
     if resumed:

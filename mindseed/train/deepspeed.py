@@ -39,7 +39,7 @@ from mindseed.nn.moe import MoE
 from mindseed.parallel import checkpoint as spread
 from mindseed.train.deepspeed_json import deepspeed_config
 from mindseed.train.native import AUTOCAST, PATIENCE, NonFinite, Precision
-from mindseed.train.scored import Scored
+from mindseed.train.scored import Scored, supervised_nll
 
 MOMENTS = ("exp_avg", "exp_avg_sq")               # AdamW's, in torch's words
 
@@ -114,14 +114,10 @@ class DeepSpeedBackend:
         total, sums = self.engine.module.forward(batch) if self.gathered else self.engine.module(batch)
         return {"loss": total, **sums}
 
-    @torch.no_grad()
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(negative log-likelihood, number) of all supervised tokens, whatever they weigh. In stage 3 inside
-        `whole`."""
+        """As `supervised_nll`. In stage 3 inside `whole`."""
         with self.autocast():
-            logps = self.model(batch.ids, batch.positions).logps(batch.targets)
-        supervised = batch.weights > 0
-        return -logps[supervised].double().sum(), supervised.sum()
+            return supervised_nll(self.model, batch)
 
     def cut(self, batch: Batch) -> Batch:
         """This rank's part of a batch: all of it, as no rows are shared."""

@@ -25,7 +25,7 @@ from mindseed.parallel import clip, data, fsdp
 from mindseed.parallel.context import Ring
 from mindseed.parallel.gather import gathered
 from mindseed.parallel.mesh import Mesh
-from mindseed.train.scored import Scored
+from mindseed.train.scored import Scored, supervised_nll
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp8-block"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16, "fp8-block": torch.bfloat16}
@@ -112,14 +112,10 @@ class NativeBackend:
             total, sums = self.root(inner, batch) if self.root else inner(batch)
         return {"loss": total, **sums}
 
-    @torch.no_grad()
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(negative log-likelihood, number) of all supervised tokens, whatever they weigh. Under ZeRO inside
-        `whole`."""
+        """As `supervised_nll`. Under ZeRO inside `whole`."""
         with self.autocast():
-            logps = self.model(batch.ids, batch.positions).logps(batch.targets)
-        supervised = batch.weights > 0
-        return -logps[supervised].double().sum(), supervised.sum()
+            return supervised_nll(self.model, batch)
 
     def cut(self, batch: Batch) -> Batch:
         """This rank's part of a batch that all ranks of its sequence have been given."""
