@@ -16,7 +16,7 @@ from mindseed.models.config import LMConfig
 from mindseed.models.heads import add_value_head
 from mindseed.models.lm import LM, build
 from mindseed.models.presets import Shape
-from mindseed.nn.linear import Linear
+from mindseed.quant.linear import quantize_model
 from mindseed.tokenizers.byte import Byte
 from tests.test_lora import shake
 from tests.tiny import FFN_KIT, kit, randomise
@@ -298,26 +298,19 @@ def with_one_changed(name: str) -> LM:
     return model
 
 
-class Coarse(Linear):
-    """Stands for a quantised one: it is no plain Linear."""
-
-
 def test_a_quantised_base_is_known_by_what_is_not_quantised(tmp_path):
     model = model_of()
     add_adapter(model)
     save_adapter(model, tmp_path / "a", base="runs/base/model")
     other = model_of()
-    with torch.no_grad():
-        for block in other.blocks:
-            block.mixer.q.__class__ = Coarse
-            block.mixer.q.weight.mul_(1.01)
+    quantize_model(other, targets=("blocks.*.mixer.q",))
     load_adapter(other, tmp_path / "a")
     with pytest.raises(UserError, match="blocks.0.mixer.q is quantised"):
         merge(other)
     assert adapters_of(other) == ["default"]
+    wrong = model_of()
+    quantize_model(wrong, targets=("blocks.0.mixer.q",))
     with torch.no_grad():
-        wrong = model_of()
-        wrong.blocks[0].mixer.q.__class__ = Coarse
         wrong.embed.weight.mul_(1.1)
     with pytest.raises(UserError, match="other weights"):
         load_adapter(wrong, tmp_path / "a")

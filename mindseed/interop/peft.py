@@ -102,7 +102,7 @@ def identity(model: LM) -> dict[str, str | None]:
         if id(module) in apart or getattr(module, "adapts", False):
             continue
         matrix = isinstance(module, (Linear, ExpertLinear))
-        quantised |= matrix and type(module) not in (Linear, ExpertLinear)
+        quantised |= matrix and not module.weight.is_floating_point()
         for name, p in module.named_parameters(recurse=False) if not (matrix and quantised) else ():
             flat, count = p.detach().flatten(), min(p.numel(), 256)
             some = flat[torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)]
