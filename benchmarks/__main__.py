@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ALL = ("train_step", "packing", "engine", "speculation", "serving", "bpe_training", "moe", "optimizers",
-       "qlora", "memory_plan", "plan_time", "post_step", "attention")
+       "qlora", "memory_plan", "plan_time", "ranks", "tradeoffs", "post_step", "attention")
 
 
 def main() -> int:

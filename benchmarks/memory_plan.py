@@ -34,6 +34,7 @@ from mindseed.plan.job import Job
 from mindseed.plan.memory import TrainMemory, memory_of
 from mindseed.plan.meter import GIVE_BACK, peak_bytes, resident_bytes
 from mindseed.train.native import NativeBackend
+from mindseed.train.pipelined import PipelinedBackend
 
 NAME = "memory-plan"
 FEW = Job(rows=4, seq_len=256, precision="fp32", cpu=True)
@@ -57,15 +58,23 @@ SETTINGS: dict[str, tuple[str, int, Job]] = {                # name: shape, voca
         "mini", 6400, replace(FEW, rows=1, world=2, accumulate=2, parallel=ParallelOptions(zero=1))),
     "ZeRO-3, 2 ranks, two micro-batches": (
         "mini", 6400, replace(FEW, rows=1, world=2, accumulate=2, parallel=ParallelOptions(zero=3))),
+    "Muon, ZeRO-2, 2 ranks": ("mini", 6400, replace(FEW, rows=1, world=2, optimizer="muon",
+                                                    parallel=ParallelOptions(zero=2))),
     "tensor 2": ("mini", 6400, replace(FEW, rows=2, world=2, parallel=ParallelOptions(tensor=2))),
     "context 2": ("mini", 6400, replace(FEW, rows=2, world=2, parallel=ParallelOptions(context=2))),
+    "pipeline of 2, 4 pieces": ("mini-untied", 6400, replace(FEW, rows=4, world=2, parallel=ParallelOptions(
+        pipe=2, microbatches=4))),
     "experts on 2 ranks": ("qwen3-moe-toy", 6400, replace(FEW, rows=2, world=2, parallel=ParallelOptions(expert=2))),
 }
 
 
 def config_of(name: str) -> LMConfig:
-    shape, vocab, job = SETTINGS[name]
-    return PRESETS[shape].lm_config(vocab_size=vocab, seq_len=job.seq_len)
+    return made(*SETTINGS[name])
+
+
+def made(shape: str, vocab: int, job: Job) -> LMConfig:
+    config = PRESETS[shape.removesuffix("-untied")].lm_config(vocab_size=vocab, seq_len=job.seq_len)
+    return replace(config, tied=False) if shape.endswith("-untied") else config
 
 
 def planned(name: str) -> TrainMemory:
@@ -78,35 +87,36 @@ def measured(name: str) -> int:
     if job.world == 1:
         BUFFERS.__dict__.clear()
         return peak_bytes(lambda: prepared(config_of(name), job))
-    small = replace(job, rows=1, seq_len=64)
-    tiny = PRESETS["qwen3-moe-toy" if "moe" in shape else "toy"].lm_config(vocab_size=512, seq_len=64)
+    small = replace(job, rows=job.pieces, seq_len=64)
+    tiny = made("qwen3-moe-toy" if "moe" in shape else "toy-untied" if "untied" in shape else "toy", 512, small)
     prepared(tiny, small)()                       # libraries take their own memory at first use
     gc.collect()
     BUFFERS.__dict__.clear()
     return resident_bytes(lambda: prepared(config_of(name), job))
 
 
-def prepared(config: LMConfig, job: Job):
+def prepared(config: LMConfig, job: Job, device: str = "cpu"):
     """A callable that does one step. Two came before: by the third one states exist, and DDP has ordered its buckets
     anew and filled them."""
-    mesh = make_mesh(job.parallel, torch.device("cpu"))
-    model = build(config).train()
+    mesh = make_mesh(job.parallel, torch.device(device))
+    model = build(config, device=torch.device(device)).train()
     model.recompute = job.recompute
     if job.lora_rank:
         add_adapter(model, LoRAConfig(rank=job.lora_rank))
     parallelize(model, mesh, bf16=job.gather_itemsize == 2)
     optim = OptimConfig(kind=job.optimizer, lr=1e-3, states=job.states)
-    backend = NativeBackend(model, SFT(), build_optimizers(parameter_groups(model, optim), optim),
-                            precision=job.precision, mesh=mesh)
-    own = torch.Generator().manual_seed(dist.rank())
+    kind = PipelinedBackend if job.parallel.pipe > 1 else NativeBackend
+    backend = kind(model, SFT(), build_optimizers(parameter_groups(model, optim), optim),
+                   precision=job.precision, mesh=mesh)
+    own = torch.Generator().manual_seed(dist.row_rank())
     shape = job.rows, job.seq_len // job.parallel.context
     ids = torch.randint(0, config.vocab_size, (shape[0], shape[1] + 1), generator=own)
     batch = Batch(ids=ids[:, :-1], targets=ids[:, 1:], weights=torch.ones(shape),
-                  positions=torch.arange(shape[1]).expand(shape))
+                  positions=torch.arange(shape[1]).expand(shape)).to(device)
 
     def step() -> None:
         for i in range(job.accumulate):
-            backend.forward_backward(batch, scale=torch.tensor(1e-3), last=i == job.accumulate - 1)
+            backend.forward_backward(batch, scale=torch.tensor(1e-3, device=device), last=i == job.accumulate - 1)
         backend.step(1e-3)
 
     step()
@@ -116,18 +126,23 @@ def prepared(config: LMConfig, job: Job):
 
 def in_processes(name: str) -> int:
     """The largest peak of all ranks."""
-    world, port = SETTINGS[name][2].world, free_port()
-    environment = {**os.environ, **GIVE_BACK, "OMP_NUM_THREADS": "1"}
+    found = on_ranks("benchmarks.memory_plan", "measure", name, world=SETTINGS[name][2].world, **GIVE_BACK)
+    return max(rank["bytes"] for rank in found)
+
+
+def on_ranks(module: str, *arguments: str, world: int, **variables: str) -> list[dict]:
+    """What each of so many processes, of one thread each, prints as JSON on its last line."""
+    port, environment = free_port(), {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.memory_plan", "measure", name], stdout=subprocess.PIPE,
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=environment | ({} if world == 1 else {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port)})) for rank in range(world)]
     said = [rank.communicate(timeout=900) for rank in ranks]
     for rank, (_, errors) in zip(ranks, said):
         if rank.returncode:
-            raise RuntimeError(f"{name} failed:\n{errors[-2000:]}")
-    return max(json.loads(out.strip().splitlines()[-1])["bytes"] for out, _ in said)
+            raise RuntimeError(f"{' '.join(arguments)} failed:\n{errors[-2000:]}")
+    return [json.loads(out.strip().splitlines()[-1]) for out, _ in said]
 
 
 def free_port() -> int:

@@ -21,6 +21,7 @@ from mindseed.objectives.matching import relation_distance, state_distance
 from mindseed.objectives.sft import SFT
 from mindseed.optim.ema import EMA
 from mindseed.tokenizers.byte import Byte
+from mindseed.train.loss_scale import LossScale
 from mindseed.train.state import capture, restore
 from mindseed.train.teacher import check_teacher, distillation
 from tests import spawn
@@ -173,7 +174,7 @@ def test_half_precision_comes_near_to_float32(precision):
         asked = objective(teacher, **KINDS["mixed"], states=0.5, relations=0.5)
         run = make_run(model, Fixed([random_batch(4, 24)]), precision=kind, objective=asked)
         if kind == "fp16":
-            run.backend.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            run.backend.scaler = LossScale(True, 2.0**10)
         found[kind] = torch.tensor(steps(run, 6))
     torch.testing.assert_close(found[precision], found["fp32"], rtol=0.05, atol=0.02)
     assert found["fp32"][-1, 0] < found["fp32"][0, 0]

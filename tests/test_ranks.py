@@ -84,7 +84,6 @@ def test_what_a_layer_cannot(mixer, ffn, options, says):
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({"method": "dpo", "parallel": ParallelOptions(tensor=2)}, "for --method sft alone"),
-    ({"parallel": ParallelOptions(zero=1), "loop": {"precision": "fp16"}}, "loop.precision=fp16"),
     ({"parallel": ParallelOptions(tensor=2), "objective": {"label_smoothing": 0.1}}, "needs the whole vocabulary"),
     ({"parallel": ParallelOptions(context=2), "lora": {"rank": 4}}, "adapters .* run data-parallel"),
     ({"parallel": ParallelOptions(tensor=2), "loop": {"sample_every": 5}}, "samples cannot be drawn"),

@@ -95,6 +95,11 @@ class ParallelOptions:
         return found
 
     @property
+    def pieces(self) -> int:
+        """Of a micro-batch, for the pipeline."""
+        return 1 if self.pipe == 1 else self.microbatches or 2 * self.pipe * STAGES[self.schedule]
+
+    @property
     def plain(self) -> bool:
         """Whether all there is to do is what DDP does."""
         return (self.backend, self.zero, self.tensor, self.context, self.expert, self.pipe) == ("native", 0, 1, 1, 1, 1)

@@ -50,7 +50,7 @@ def pipe_problems(config: LMConfig, options: ParallelOptions, micro_batch: int |
     if config.tied:
         found.append("parallel.pipe: the embedding lies on the first stage and the head on the last, so they cannot be "
                      "one matrix; give model.tied=false")
-    pieces = options.microbatches or 2 * stages
+    pieces = options.pieces
     if micro_batch is not None and micro_batch % pieces:
         found.append(f"loop.micro_batch={micro_batch} cannot be cut into {pieces} pieces of equal size for the "
                      "pipeline (parallel.microbatches)")

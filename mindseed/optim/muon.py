@@ -7,12 +7,17 @@ it the size of a typical AdamW update, so that one learning rate and one weight 
 """
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mindseed.base.dist import local
 from mindseed.base.hardware import fast_bfloat16
 
+AT_ONCE = 1 << 26                                 # entries that a rank orthogonalises together, or one matrix
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)          # steep at 0, stays near 1: singular values land in about [0.7, 1.2]
 
 
@@ -38,9 +43,11 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault((*p.shape, p.device), []).append(p)
+                    by_shape.setdefault((*p.shape, p.device, getattr(p, "placements", ())), []).append(p)
             for params in by_shape.values():
-                self.update(params, group)
+                some = ranks_of(params[0]) * max(1, AT_ONCE // params[0].numel())
+                for start in range(0, len(params), some):
+                    self.update(params[start:start + some], group)
 
     def update(self, params: list[Tensor], group: dict) -> None:
         """One step for matrices of one shape."""
@@ -52,29 +59,47 @@ class Muon(torch.optim.Optimizer):
             momenta.append(state["momentum"])
         grads, momenta, own = ([local(x) for x in some] for some in ([p.grad for p in params], momenta, params))
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])            # Nesterov: look one step ahead
-        updates = orthogonalise(torch.stack([gathered(x, p) for x, p in zip(ahead, params)]), group["iterations"])
+        ahead = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))            # Nesterov: one step on
+        updates = of_whole(ahead, params[0], functools.partial(orthogonalise, iterations=group["iterations"]))
         scale = 0.2 * max(params[0].shape[-2:]) ** 0.5
         torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-        updates = [slice_of(x, p) for x, p in zip(updates.to(own[0].dtype), params)]        # (..., rows, columns) each
-        torch._foreach_add_(own, updates, alpha=-group["lr"] * scale)
+        torch._foreach_add_(own, list(updates.to(own[0].dtype)), alpha=-group["lr"] * scale)
 
 
-def gathered(x: Tensor, like: Tensor) -> Tensor:
-    """The whole matrix of which x is this rank's slice: singular values of slices say nothing of those of the whole."""
+def ranks_of(p: Tensor) -> int:
+    """Over how many ranks the matrices of a parameter are cut, and so whole ones can be dealt out."""
+    return math.prod(n for n, at in zip(p.device_mesh.shape, p.placements) if not at.is_replicate()) if hasattr(
+        p, "placements") else 1
+
+
+def of_whole(slices: Tensor, like: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` of whole matrices, of which this rank has slices (matrices, *slice of `like`); its slices of the
+    results. Singular values of slices say nothing of those of the whole.
+
+    Ranks exchange slices, so that each has some of the matrices whole, and exchange results back: what is worked, kept
+    and sent is a rank's share. Experts of a mixture that lie on several ranks are whole where they are.
+    """
     if not hasattr(like, "placements"):
-        return x
-    from torch.distributed.tensor import DTensor
+        return function(slices)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    there = [Shard(at.dim + 1) if type(at) is Shard else at for at in like.placements]
+    if any(type(at) not in (Shard, Replicate) for at in there):                   # two axes cut one dimension
+        return of_gathered(slices, like, function)
+    dealt = [Shard(0) if type(at) is Shard and at.dim > like.ndim - 2 else at for at in there]
+    where = {"shape": torch.Size([len(slices), *like.shape]), "stride": (like.numel(), *like.stride())}
+    whole = DTensor.from_local(slices, like.device_mesh, there, **where).redistribute(placements=dealt)
+    done = DTensor.from_local(function(whole.to_local()), like.device_mesh, dealt, **where)
+    return done.redistribute(placements=there).to_local()
+
+
+def of_gathered(slices: Tensor, like: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same with every matrix whole on every rank."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
     where = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(x, like.device_mesh, like.placements, **where).full_tensor()
-
-
-def slice_of(x: Tensor, like: Tensor) -> Tensor:
-    """This rank's slice of a whole matrix."""
-    if not hasattr(like, "placements"):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    whole = torch.stack([DTensor.from_local(x, like.device_mesh, like.placements, **where).full_tensor()
+                         for x in slices])
+    return torch.stack([distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
+                        for x in function(whole)])
 
 
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:

@@ -75,7 +75,8 @@ def make_mesh(options: ParallelOptions, device: torch.device) -> Mesh | None:
     if not torch_dist.is_initialized():           # ZeRO and offload work on one process too
         torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
                                       store=torch_dist.HashStore())
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)    # how it gathers is no news
+    for name in ("_redistribute", "_collective_utils"):                           # how it gathers is no news
+        logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)
     names, shards = ("pipe", "replica", "sharded", "tensor"), sizes.shard * sizes.context
     weights = init_device_mesh(device.type, (sizes.pipe, sizes.replica, shards, sizes.tensor), mesh_dim_names=names)
     copies = sizes.parts // sizes.expert

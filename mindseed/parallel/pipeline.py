@@ -112,7 +112,7 @@ class Pipeline:
         schedule = mesh.options.schedule
         self.mesh, self.device, self.group = mesh, device, mesh.group("pipe")
         self.count = mesh.sizes.pipe * STAGES[schedule]
-        self.pieces = mesh.options.microbatches or 2 * self.count
+        self.pieces = mesh.options.pieces
         self.stages = {i: Stage(model, objective, i, self.count, mesh.root)
                        for i in stages_of(mesh.place("pipe"), mesh.sizes.pipe, schedule)}
         self.owner = {stage: rank for rank in range(mesh.sizes.pipe)

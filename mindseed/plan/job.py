@@ -60,9 +60,7 @@ class Job:
     @cached_property
     def pieces(self) -> int:
         """Of a micro-batch, for the pipeline."""
-        if self.parallel.pipe == 1:
-            return 1
-        return self.parallel.microbatches or 2 * self.parallel.pipe * STAGES[self.parallel.schedule]
+        return self.parallel.pieces
 
     @cached_property
     def tokens(self) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,7 @@ from mindseed.core import StateSpec
 from mindseed.models.block import MIXERS
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.nn.fused_head import CHUNK_BYTES, KEEP_BYTES
+from mindseed.optim.muon import AT_ONCE
 from mindseed.optim.paged import PAGE_BYTES
 from mindseed.plan.activations import WIDE, around_kept, block_kept, scratch_bytes, transient
 from mindseed.plan.job import Chunk, Job, by_model, chunks
@@ -322,22 +324,55 @@ def pipe_buffers(config: LMConfig, job: Job, held: list[Chunk]) -> float:
     return job.pieces * one * sum((not chunk.first) + (not chunk.last) for chunk in held)
 
 
-def muon_bytes(config: LMConfig, job: Job, held: list[Chunk]) -> float:
-    """What orthogonalising needs for a moment: matrices of one shape go through together, and each rank does all of
-    them whole (optim/muon.py): a list and a stack of them, and four more in the course of an iteration."""
-    shapes: dict[tuple[int, int, int], float] = defaultdict(float)
-    inside = WIDE if job.precision == "fp32" or job.widened else 2
+class Orthogonal(NamedTuple):
+    """Parameters of one shape that Muon updates: a stack of `count` matrices each, as one rank works on them; `number`
+    of them, dealt out over `ranks`; `together` of the number go through at once."""
+
+    rows: int
+    columns: int
+    count: int
+    number: int
+    ranks: int
+    together: int
+
+    @property
+    def share(self) -> int:
+        """Matrices that a rank does in a step."""
+        return self.count * -(-self.number // self.ranks)
+
+
+def orthogonal(config: LMConfig, job: Job, held: list[Chunk]) -> list[Orthogonal]:
+    """What Muon does in a step (optim/muon.py), for the chunks of a rank of the pipeline."""
+    found: dict[tuple[int, int, int, int, int], int] = defaultdict(int)
+    sizes, tensor, expert = job.sizes, job.sizes.tensor, job.sizes.expert
+    shards = sizes.shard * sizes.context if job.parallel.zero else 1
     stretches = [run for chunk in held for run in chunk.runs] + [(layer, 1) for layer in config.mtp] * held[-1].last
-    for layer, times in stretches:
-        for m in (m.local(1, job.sizes.expert) for part in layer_params(config, layer)[:2] for m in part.every):
-            shapes[m.rows, m.columns, m.count] += times
-    if held[-1].last and config.mtp:
-        shapes[config.dim, 2 * config.dim, 1] += len(config.mtp)
+    every = [(m, times) for layer, times in stretches for part in layer_params(config, layer)[:2] for m in part.every]
+    every += [(Matrix(config.dim, 2 * config.dim, split=""), len(config.mtp))] * bool(held[-1].last and config.mtp)
+    for m, times in every:
+        inside = tensor if m.split else 1
+        if m.experts:                             # whole where they are
+            outside, count, ranks = expert if expert > 1 else shards, -(-m.count // max(expert, shards)), inside
+        else:
+            outside, count = shards, m.count
+            ranks = 1 if shards > 1 and inside > 1 and m.split == "rows" else shards * inside
+        found[m.rows, m.columns, count, ranks, inside * outside * max(1, AT_ONCE // m.entries)] += times
+    return [Orthogonal(rows, columns, count, number, ranks, min(number, some))
+            for (rows, columns, count, ranks, some), number in found.items()]
 
-    def one(rows: int, columns: int, count: int, times: float) -> float:
-        return times * count * (rows * columns * (2 * WIDE + 4 * inside) + min(rows, columns) ** 2 * inside)
 
-    return max(one(*shape, times) for shape, times in shapes.items())
+def muon_bytes(config: LMConfig, job: Job, held: list[Chunk]) -> float:
+    """What orthogonalising needs for a moment: slices stacked, the matrices whole, and four more in the course of an
+    iteration."""
+    inside = WIDE if job.precision == "fp32" or job.widened else 2
+
+    def one(o: Orthogonal) -> float:
+        few, entries = min(o.rows, o.columns), o.rows * o.columns
+        wide = WIDE * (1 + (o.ranks > 1))
+        gathered = o.together * entries * WIDE * (job.cpu and o.ranks > 1)        # gloo gathers instead of exchanging
+        return o.count * (gathered + -(-o.together // o.ranks) * (entries * (wide + 4 * inside) + few ** 2 * inside))
+
+    return max((one(o) for o in orthogonal(config, job, held)), default=0.0)
 
 
 def optimizer_bytes(config: LMConfig, optimizer: str, *, states: str = "fp32", lora_rank: int = 0,

@@ -29,6 +29,13 @@ def bubble_s(schedule: str, pipe: int, forward: float, inputs: float, weights: f
     return (pipe - 1) * longest[schedule]
 
 
+def bubble_share(schedule: str, pipe: int, pieces: int) -> float:
+    """Of a rank's time that it stands still, where stages are equal and both gradients take as long as the forward
+    pass."""
+    idle = bubble_s(schedule, pipe, 1.0, 1.0, 1.0)
+    return idle / (3 * pieces + idle)
+
+
 def in_flight(schedule: str, pipe: int, pieces: int, rank: int) -> list[float]:
     """How many pieces each stage of a rank keeps at the worst moment, in the order of `stages_of`; the sum is exact,
     and where there are two stages it is shared evenly, the first one at most all pieces."""

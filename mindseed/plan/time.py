@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 from mindseed.models.config import LMConfig
 from mindseed.plan.activations import WIDE
-from mindseed.plan.communication import Group, Transfer, gather_s, groups, pass_s, reduce_s, share
+from mindseed.plan.communication import Group, Transfer, exchange_s, gather_s, groups, pass_s, reduce_s, share
 from mindseed.plan.flops import flops_per_token
 from mindseed.plan.job import Chunk, Job, by_model, chunks
 from mindseed.plan.machines import HIDDEN, MEMORY, Machine
-from mindseed.plan.memory import BUCKET_BYTES, Weights, layer_weights, table_weights
-from mindseed.plan.params import layer_params
+from mindseed.plan.memory import BUCKET_BYTES, Weights, layer_weights, orthogonal, table_weights
 from mindseed.plan.pipeline import bubble_s
 from mindseed.plan.roofline import moved_s, product_s
 from mindseed.plan.work import Work, block_work, head_work
@@ -160,14 +159,14 @@ def update_s(job: Job, board: Machine, config: LMConfig, weights: Weights) -> fl
 
 
 def muon_s(job: Job, board: Machine, config: LMConfig, iterations: int = 5) -> float:
-    """Newton-Schulz iterations: each rank does them for the whole of every matrix it has a part of."""
+    """Newton-Schulz iterations of a rank's share of the matrices, which come to it whole, and leave."""
     wide = job.precision == "fp32" or job.widened or "bf16" not in board.peaks
     kind, spent = "fp32" if wide else "bf16", 0.0
-    for layer, times in (run for chunk in chunks(config, job)[0] for run in chunk.runs):
-        for m in (m.local(1, job.sizes.expert) for part in layer_params(config, layer)[:2] for m in part.every):
-            few, many = sorted((m.rows, m.columns))
-            count = times * m.count
-            spent += iterations * (product_s(board, kind, few, many, few, count) + product_s(
-                board, kind, few, few, few, count) + product_s(board, kind, few, few, many, count))
-            spent += moved_s(board, iterations * 6 * WIDE * m.entries * times, compiled=True)
+    group = groups(job.sizes, board.per_node)["sharded" if job.parallel.zero else "tensor"]
+    for o in orthogonal(config, job, chunks(config, job)[0]):
+        few, many = sorted((o.rows, o.columns))
+        spent += iterations * (product_s(board, kind, few, many, few, o.share) + product_s(
+            board, kind, few, few, few, o.share) + product_s(board, kind, few, few, many, o.share))
+        spent += moved_s(board, iterations * 6 * WIDE * few * many * o.share, compiled=True)
+        spent += 2 * exchange_s(board, group, WIDE * few * many * o.share) * (o.ranks > 1)
     return spent

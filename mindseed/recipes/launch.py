@@ -27,6 +27,7 @@ from mindseed.models.config import LMConfig
 from mindseed.models.splitting import splitting_problems
 from mindseed.parallel.mesh import Mesh
 from mindseed.plan.job import Job
+from mindseed.plan.pipeline import bubble_share
 from mindseed.recipes.options import TrainOptions
 from mindseed.recipes.rl_options import RLOptions
 from mindseed.tokenizers.hf_json import load_tokenizer
@@ -62,8 +63,6 @@ def run_problems(options: TrainOptions | RLOptions) -> list[str]:
                      "`mindseed generate` draws them from the model at the end")
     if mesh.tensor > 1 and getattr(getattr(options, "objective", None), "label_smoothing", 0):
         found.append("objective.label_smoothing needs the whole vocabulary, which parallel.tensor splits")
-    if not mesh.plain and mesh.backend == "native" and options.loop.precision == "fp16":
-        found.append("loop.precision=fp16 scales losses rank by rank; on a mesh train in bf16 or fp32")
     if not mesh.plain and options.optim.states != "fp32":
         found.append(f"optim.states={options.optim.states} keeps whole matrices' states; on a mesh parallel.zero "
                      "shares them out")
@@ -95,6 +94,18 @@ def job_of(options: TrainOptions, device: torch.device | None, *, rows: int, wor
                paged=device is None or device.type == "cuda", ema=loop.ema is not None, lora_rank=options.lora.rank,
                nf4=options.lora.nf4, cpu=cpu, widened=cpu and precision == "bf16" and not fast_bfloat16(),
                compiled=loop.compile)
+
+
+def shared_out(options: ParallelOptions, world: int, micro_batch: int) -> str:
+    """The mesh in words, with what a pipeline costs."""
+    sizes = options.sizes(world)
+    said = sizes.describe() + f", ZeRO-{options.zero}" * (options.zero > 0)
+    if sizes.pipe == 1:
+        return said
+    pieces = options.pieces
+    return (f"{said}; the pipeline ({options.schedule}) runs {pieces} pieces of {micro_batch // pieces} rows, and a rank "
+            f"stands still for {bubble_share(options.schedule, sizes.pipe, pieces):.0%} of a step (the bubble), longer "
+            "where stages are unequal")
 
 
 def gathers_in_bf16(options: TrainOptions | RLOptions, device: torch.device) -> bool:

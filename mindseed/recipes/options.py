@@ -230,7 +230,8 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
     """
     options = with_rows(options)
     loop, seq_len = options.loop, options.data.seq_len
-    micro = loop.micro_batch or max(1, 4096 // seq_len)
+    pieces = options.parallel.pieces              # a pipeline cuts every micro-batch
+    micro = loop.micro_batch or pieces * max(1, 4096 // seq_len // pieces)
     if tokens is None and loop.epochs is not None:
         if rows_per_epoch is None:
             raise UserError("loop.epochs needs data.train; give loop.steps instead")
@@ -245,7 +246,7 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
         if options.method == "kto":
             batch = micro * world
     if batch is not None:
-        micro = loop.micro_batch or largest_divisor(max(1, batch // world), micro)
+        micro = loop.micro_batch or pieces * largest_divisor(max(1, batch // world // pieces), micro // pieces)
         if batch % (micro * world):
             raise UserError(f"loop.batch={batch} rows cannot be cut into micro-batches of loop.micro_batch={micro} "
                             f"rows on {world} rank(s); choose a batch that is a multiple of {micro * world}")

@@ -49,7 +49,7 @@ from mindseed.recipes import adapter
 from mindseed.recipes.machine import DTYPES, choose_precision, multiply_in, warn_if_too_big
 from mindseed.recipes.methods import VALUES, equip, learning, measure, require_kind, source_of
 from mindseed.recipes.model_options import MLAOptions, ModelOptions
-from mindseed.recipes.launch import backend_of, check_ranks, gathers_in_bf16, job_of, short_hash
+from mindseed.recipes.launch import backend_of, check_ranks, gathers_in_bf16, job_of, shared_out, short_hash
 from mindseed.recipes.options import TrainOptions, derive, derive_intervals, with_rows, without_effect
 from mindseed.recipes.run_folder import (alone_in_its_folder, begun, carried_out, open_run, options_of_run,
                                          resolved, say_changes)
@@ -347,6 +347,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     if passes > 10:
         warn(f"every document will be seen {passes:.0f} times; more text, or fewer steps (loop.steps, loop.minutes, "
              "loop.epochs), would serve the model better")
+    if dist.world_size() > 1 and options.parallel.backend == "native":
+        say(f"ranks      {shared_out(options.parallel, dist.world_size(), loop.micro_batch)}")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
     job = job_of(options, device, rows=loop.micro_batch, world=dist.world_size(),

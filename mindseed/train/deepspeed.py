@@ -38,6 +38,7 @@ from mindseed.models.lm import LM
 from mindseed.nn.moe import MoE
 from mindseed.parallel import checkpoint as spread
 from mindseed.train.deepspeed_json import deepspeed_config
+from mindseed.train.loss_scale import LossScale
 from mindseed.train.native import AUTOCAST, PATIENCE, NonFinite, Precision
 from mindseed.train.scored import Scored, supervised_nll
 
@@ -313,31 +314,6 @@ class Autocast(Scored):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with self.autocast():
             return super().forward(batch)
-
-
-class LossScale:
-    """By what the loss is multiplied in fp16, moved as torch's GradScaler moves it and saved in its form: halved by an
-    overflow, doubled after 2000 steps without one. 1 where it is not needed."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled, self.scale, self.good, self.patience = enabled, 2.0 ** 16 if enabled else 1.0, 0, 2000
-
-    def update(self, finite: bool) -> None:
-        if not self.enabled:
-            return
-        self.good = self.good + 1 if finite else 0
-        if not finite:
-            self.scale /= 2
-        elif self.good == self.patience:
-            self.scale, self.good = self.scale * 2, 0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"scale": self.scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": self.patience,
-                "_growth_tracker": self.good} if self.enabled else {}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        if self.enabled and state:
-            self.scale, self.good = state["scale"], state["_growth_tracker"]
 
 
 def started(device: torch.device) -> ModuleType:

@@ -25,6 +25,7 @@ from mindseed.parallel import clip, data, fsdp
 from mindseed.parallel.context import Ring
 from mindseed.parallel.gather import gathered
 from mindseed.parallel.mesh import Mesh
+from mindseed.train.loss_scale import LossScale
 from mindseed.train.scored import Scored, supervised_nll
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp8-block"]
@@ -64,7 +65,7 @@ class NativeBackend:
         self.scored: nn.Module = Scored(model, objective)
         if dist.world_size() > 1 and mesh is None:
             self.scored = data.replicated(self.scored)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scaler = LossScale(precision == "fp16")
         self.skipped = self.in_a_row = 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -79,7 +80,7 @@ class NativeBackend:
         with self.scored.no_sync() if waiting else contextlib.nullcontext():
             with self.autocast():
                 total, sums = self.root(self.scored, batch) if self.root else self.scored(batch)
-            self.scaler.scale(total * scale).backward()
+            (total * (scale * self.scaler.scale)).backward()
         if last and self.mesh:
             self.reduce(self.mesh)
         return {"loss": total.detach(), **sums}
@@ -126,21 +127,21 @@ class NativeBackend:
         return self.judged(batch)["loss"]
 
     def step(self, lr: float) -> float:
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+        if self.scaler.enabled:
+            clip.scale_gradients(self.params, 1 / self.scaler.scale)
         norm = self.clip().item()
         finite = math.isfinite(norm)
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row > (PATIENCE if self.precision == "fp16" else 0):
             self.clear()
-            scaled = f", {self.in_a_row} steps in a row, at a loss scale of {self.scaler.get_scale():g}"
+            scaled = f", {self.in_a_row} steps in a row, at a loss scale of {self.scaler.scale:g}"
             raise NonFinite(f"gradient norm is {norm} at lr={lr:g}{scaled if self.in_a_row > 1 else ''}")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             if finite:
-                self.scaler.step(optimizer)
-        self.scaler.update()
+                optimizer.step()
+        self.scaler.update(finite)
         self.skipped += not finite
         self.clear()
         return norm

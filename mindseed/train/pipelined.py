@@ -27,7 +27,7 @@ class PipelinedBackend(NativeBackend):
         if self.root:
             fsdp.hold_back(self.root)
         with self.autocast():
-            sums = self.pipeline.forward_backward(batch, scale)
+            sums = self.pipeline.forward_backward(batch, scale * self.scaler.scale)
         if last and self.root:
             fsdp.let_go(self.root)
         if last:
