@@ -76,7 +76,7 @@ def main() -> None:
            f"{BASE.precision}, {DEVICE.upper()}", ["what", "peak memory", "planned", "of all kept", "a step", "takes"],
            rows, command="python -m benchmarks tradeoffs",
            notes=f"Median (min to max) of {ROUNDS * STEPS} steps, AdamW" + (
-               ", 1 thread. On a CPU what is offloaded stays in the same memory, so only its price shows." * (not CUDA)))
+               ", 1 thread. On a CPU what is offloaded stays in the same memory: only its price shows." * (not CUDA)))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class Dealt:
         first = (part * dist.row_ranks() + dist.row_rank()) * size
         rows = self.rows(step)
         return Batch(**{name: getattr(rows, name)[first:first + size]
-                        for name in ("ids", "targets", "weights", "positions")})
+                        for name in ("ids", "targets", "weights", "positions")},
+                     extra={"row": torch.arange(first, first + size)})
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn // self.accumulate}

@@ -53,9 +53,10 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 def bound(dtype: torch.dtype, hidden: Tensor, head: Tensor) -> float:
     """Of the distance from float64: logits are rounded to `dtype`, which changes exp(z) by |z| roundings, then the
-    gradient is."""
+    gradient is; sums over a vocabulary add roundings in float32."""
     largest = (hidden.double() @ head.double().T).abs().max().item()
-    return 4 * torch.finfo(dtype).eps * (1 + largest)
+    sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * len(head) ** 0.5
+    return 4 * torch.finfo(dtype).eps * (1 + largest) + sums
 
 
 # ----------------------------------------------------------------------------------------------- within the interpreter

@@ -4,19 +4,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from mindseed.base import dist
 from mindseed.base.mesh import ParallelOptions
+from mindseed.core import Batch
 from mindseed.models.config import LayerConfig, LMConfig
 from mindseed.nn.ffn import SwiGLUConfig
 from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.mla import MLAConfig
 from mindseed.nn.moe import MoEConfig
 from mindseed.optim.groups import OptimConfig
-from tests.parallel_runs import Case, trained
+from mindseed.train.native import NonFinite
+from mindseed.train.state import capture, restore
+from mindseed.train.step import train_step
+from mindseed.train.validate import evaluate
+from tests.parallel_runs import Case, prepare, trained
 from tests.spawn import on_ranks
 
 GQA, WINDOW = GQAConfig(heads=4, kv_heads=2, head_dim=8), GQAConfig(heads=4, kv_heads=2, head_dim=8, window=5)
@@ -77,9 +84,59 @@ def half(options: dict[str, Any]) -> Case:
                 optim=OptimConfig(lr=1e-3))
 
 
-def all_of(rank: int, ranks: int) -> list[dict[str, Any]]:
-    cases = [case_of(*labelled) for labelled in LABELLED[ranks]] + [half(options) for options in HALF if ranks == 2]
-    return [trained(case) for case in cases]
+def all_of(rank: int, ranks: int) -> dict[str, list[Any]]:
+    """Everything that so many ranks are asked in this file."""
+    found: dict[str, list[Any]] = {"same": [trained(case_of(*labelled)) for labelled in LABELLED[ranks]]}
+    if ranks == 2:
+        found |= {"half": [trained(half(options)) for options in HALF], "judged": [judged({"expert": 2})],
+                  "drawn": [drawn_on(options) for options in LAYOUTS], "spoilt": [spoilt()]}
+    return found
+
+
+def judged(options: dict[str, Any]) -> list[dict[str, float]]:
+    """Held-out loss of one, two and three batches."""
+    run, _ = prepare(Case(config=MODELS["moe"], options=ParallelOptions(**options)))
+    batches = [run.source.rows(step) for step in range(3)]
+    found = [evaluate(run.backend, batches[:count], raw_bytes=100) for count in (1, 2, 3)]
+    dist.share(None)
+    return found
+
+
+LAYOUTS = [{}, {"zero": 2}, {"tensor": 2, "sequence": False}, {"tensor": 2}]
+
+
+def drawn_on(options: dict[str, Any]) -> tuple[float, float]:
+    """What this rank would draw after the step at which DDP saved, and what it draws when a mesh has restored that."""
+    case = Case(config=MODELS["dense"], options=ParallelOptions(**options))
+    torch.manual_seed(100 + dist.rank())
+    run, _ = prepare(replace(case, options=ParallelOptions()))
+    train_step(run)
+    saved = capture(run, None)
+    would = torch.rand(()).item()
+    run, _ = prepare(case)
+    restore(run, None, saved)
+    dist.share(None)
+    return would, torch.rand(()).item()
+
+
+def spoilt() -> str:
+    """What is said when a weight spoils one row of the batch, which one rank reads."""
+    run, _ = prepare(Case(config=MODELS["moe"], accumulate=1))
+    usual = run.source.rows
+
+    def rows(step: int) -> Batch:
+        batch = usual(step)
+        batch.ids[batch.ids == 63] = 0
+        batch.ids[5, 3] = 63
+        return batch
+
+    with torch.no_grad():
+        run.backend.model.embed.weight[63] = torch.nan
+    run.source.rows = rows
+    run.source.describe = lambda numbers: [f"row {n}" for n in numbers]
+    with pytest.raises(NonFinite) as error:
+        train_step(run)
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +151,8 @@ def halved() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def together() -> dict[int, list[list[dict[str, Any]]]]:
-    """What every rank found, by the number of ranks: all cases in one group of processes."""
+def together() -> dict[int, list[dict[str, list[Any]]]]:
+    """What every rank found, by the number of ranks: everything in one group of processes."""
     return {ranks: on_ranks(all_of, ranks, timeout=900) for ranks in LABELLED}
 
 
@@ -121,16 +178,40 @@ def label(model: str, options: dict[str, Any]) -> str:
     for ranks, cases in LABELLED.items() for i, labelled in enumerate(cases)])
 def test_as_one_process(ranks: int, number: int, alone, together):
     model, options = LABELLED[ranks][number]
-    same([rank[number] for rank in together[ranks]], alone(model, options.get("optim", "adamw")))
+    same([rank["same"][number] for rank in together[ranks]], alone(model, options.get("optim", "adamw")))
 
 
 @pytest.mark.parametrize("number", range(len(HALF)), ids=[label("fp16", options) for options in HALF])
 def test_fp16_leaves_out_the_same_steps_on_every_rank(number: int, together, halved):
     """Rounding differs where sums are cut otherwise, so figures are near and not the same"""
-    found = [rank[len(LABELLED[2]) + number] for rank in together[2]]
+    found = [rank["half"][number] for rank in together[2]]
     assert {rank["skipped"] for rank in (*found, halved)} == {1}
     for rank in found:
         assert rank["loss"] == pytest.approx(halved["loss"], rel=1e-3)
         assert not math.isfinite(rank["norm"].pop(1))
         assert rank["norm"] == pytest.approx([n for n in halved["norm"] if math.isfinite(n)], rel=1e-2)
     assert len({rank["hash"] for rank in found}) == 1
+
+
+def test_ranks_that_share_experts_judge_any_number_of_batches(together):
+    """Who has no batch left keeps the others company."""
+    alone = judged({})
+    for rank in together[2]:
+        for found, wanted in zip(rank["judged"][0], alone, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-9)
+
+
+def test_random_states_suit_the_mesh_that_goes_on(together):
+    """Ranks with parts of one matrix draw the same, all others apart; on the mesh that saved, what would have come."""
+    found = {i: [rank["drawn"][i] for rank in together[2]] for i in range(len(LAYOUTS))}
+    for i, options in enumerate(LAYOUTS):
+        (would, now), (other_would, other_now) = found[i]
+        assert would != other_would
+        assert (now == other_now) == (options.get("sequence") is False), options
+        if options.get("sequence") is not False:
+            assert (now, other_now) == (would, other_would), options
+
+
+def test_the_row_that_spoils_a_batch_is_named_by_every_rank(together):
+    for rank in together[2]:
+        assert rank["spoilt"][0].endswith("samples: row 5"), rank["spoilt"]

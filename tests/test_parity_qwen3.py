@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()                     # so that what it prints are warnings
 pytestmark = pytest.mark.parity
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = {"rtol": 1e-5, "atol": 3e-5}           # some CPUs sum in another order
 SHAPES = {
     "tied": Shape(layers=3, dim=48, heads=4, kv_heads=2, head_dim=12, ffn_dim=80),
     "untied": Shape(layers=2, dim=40, heads=4, kv_heads=4, head_dim=10, ffn_dim=64, tied=False),

@@ -104,6 +104,25 @@ def test_a_search_shows_the_best_and_its_flags(capsys):
     assert "nothing fits into 94% of 16.0 GB: take more devices" in none and "the nearest need" in none
 
 
+def test_a_search_takes_rows_that_meshes_divide(capsys):
+    text = shown(capsys, "plan", "qwen3-small", "--gpus", "24", "--hardware", "a100", "--search")
+    rows = int(re.search(r"(\d+) rows of", text)[1])
+    assert any(rows in (times << k, 24 * times << k) for k in range(20) for times in (1, 3))
+    assert "the first as options" in text
+    odd = shown(capsys, "plan", "qwen3-small", "--gpus", "8", "--hardware", "a100", "--search", "--loop.batch", "9",
+                "--loop.steps", "5")
+    assert "9 rows of a step are no multiple of 8 data-parallel ranks (loop.batch)" in odd
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--parallel.zero", "3", "--optim.states", "8bit", "--optim.kind", "adamw"], "optim.states=8bit"),
+    (["--parallel.tensor", "8", "--lora.rank", "8"], "adapters (lora.rank) run data-parallel"),
+    (["--parallel.backend", "deepspeed", "--parallel.zero", "3"], "updates with AdamW alone")])
+def test_what_training_would_refuse_is_not_planned(words, says, capsys):
+    assert cli.main(["plan", "llama3.1-8b", "--gpus", "8", "--hardware", "h100", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("search", [False, True])
 def test_plans_are_drawn(search, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -20,12 +20,12 @@ from mindseed.plan.activations import block_kept
 from mindseed.plan.communication import Group, gather_s, groups
 from mindseed.plan.job import Job, chunks, stages_of
 from mindseed.plan.machines import BOARDS, Machine, machine
-from mindseed.plan.memory import memory_of, zero_bytes
+from mindseed.plan.memory import memory_of, rank_memory, zero_bytes
 from mindseed.plan.params import count_params
 from mindseed.plan.pipeline import bubble_s, in_flight
 from mindseed.plan.published import published
 from mindseed.plan.search import ROOM, nearest, search
-from mindseed.plan.time import step_time
+from mindseed.plan.time import rank_work, step_time
 
 SMALL = Shape(layers=8, dim=512, heads=8, kv_heads=8, head_dim=64, ffn_dim=1024, tied=False).lm_config(
     vocab_size=4096, seq_len=1024)
@@ -399,3 +399,17 @@ def test_unknown_hardware_is_named_with_what_was_meant():
     with pytest.raises(UserError, match="hardware=H1000 is not in the table of data sheets; did you mean H100"):
         machine("H1000")
     assert SimpleNamespace(**vars(machine("rtx 4090"))).name == "RTX 4090"
+
+
+@pytest.mark.parametrize("name, pipe, schedule", [("llama-13b", 16, "1f1b"), ("llama3.1-405b", 16, "interleaved"),
+                                                  ("deepseek-v3", 16, "1f1b"), ("qwen3-8b", 5, "zero-bubble")])
+def test_the_rank_that_needs_most_is_planned_wherever_it_stands(name, pipe, schedule):
+    """Later stages may have a block more, and first blocks may be of a smaller kind."""
+    config = published(name)
+    job = Job(rows=2 * pipe * 2, seq_len=2048, world=pipe * 4, optimizer="adamw",
+              parallel=ParallelOptions(pipe=pipe, schedule=schedule, zero=1))
+    held = chunks(config, job)
+    every = [rank_memory(config, job, rank, held[rank]).total for rank in range(pipe)]
+    assert memory_of(config, job).total == max(every)
+    slowest = max(rank_work(config, job, machine("h100"), some).work.total for some in held)
+    assert step_time(config, job, machine("h100")).total >= job.pieces * slowest

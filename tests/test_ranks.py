@@ -121,6 +121,56 @@ def test_ranks_that_mean_different_runs_are_told_apart():
         assert "data: rank 0: b; ranks 1, 2, 3: a" in text and "torch" not in text
 
 
+STOPS = """import sys, torch
+from mindseed import cli
+from mindseed.base import dist
+from mindseed.base.errors import UserError
+from mindseed.train.loop import Fit, fit
+from mindseed.train.state import Checkpoints
+from tests.parallel_runs import Case, prepare
+from tests.test_parallel import MODELS
+
+class Spoilt:
+    def __init__(self, source): self.source, self.steps = source, 0
+    def __getattr__(self, name): return getattr(self.source, name)
+    def __next__(self):
+        self.steps += 1
+        if self.steps == 4 and dist.rank() == 1:
+            raise UserError("the rows of rank 1 are spoilt")
+        return next(self.source)
+
+try:
+    with dist.process_group(torch.device("cpu")):
+        run, _ = prepare(Case(config=MODELS["dense"], accumulate=1))
+        run.source = Spoilt(run.source)
+        fit(Fit(run=run, steps=6, save_every=2, checkpoints=Checkpoints(sys.argv[1], keep=2, fingerprints={})))
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
+    """Saving what was learnt since would need the others, who wait for this one's gradient."""
+    port = spawn.free_port()
+    script = tmp_path / "stops.py"
+    script.write_text(STOPS)
+    ranks = [subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "saved")], stderr=subprocess.PIPE, text=True, env={
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}) for rank in range(2)]
+    try:
+        said = [process.communicate(timeout=90)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert ranks[1].returncode == 2 and ranks[0].returncode not in (0, None)
+    for text in said:
+        assert "the rows of rank 1 are spoilt" in text and "Traceback" not in text, text
+    assert "goes on from" in said[1] and "step-00000002" in said[1]
+
+
 LONG = """import sys, time, torch
 from mindseed.base import dist
 from mindseed.base.errors import UserError

@@ -297,12 +297,13 @@ def finished_run(corpus: Path, run: Path) -> Path:
     return run
 
 
-def test_a_full_disk_loses_nothing(corpus, tmp_path):
+@pytest.mark.parametrize("mesh", [[], ["--parallel.zero", 1]], ids=["whole", "in parts, in the background"])
+def test_a_full_disk_loses_nothing(mesh, corpus, tmp_path):
     """A limit on file size stands in for a full disk: the write fails half-way, as it would there."""
     run = tmp_path / "run"
     shutil.copytree(finished_run(corpus, tmp_path.parent / "kept"), run)
     before = {p.name: (p / "trainer.pt").read_bytes() for p in (run / "checkpoints").glob("step-*")}
-    command = train(corpus, run, "--loop.steps", 16, "--resume")
+    command = train(corpus, run, "--loop.steps", 16, "--resume", *mesh)
     shell = [sys.executable, "-m", "mindseed", *command[2:]]
     out = finish(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *shell], 2)             # KiB: less than a checkpoint
     assert "could not write" in out and "What was there before is intact" in out

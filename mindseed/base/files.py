@@ -15,6 +15,13 @@ from mindseed.base.config import describe, spell
 from mindseed.base.errors import UserError
 
 
+def unwritten(path: Path, number: int | None, why: object) -> UserError:
+    """What to tell when writing `path` failed with such an errno."""
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)                   # of the disk, a quota, a limit
+    return UserError(f"could not write {path}: {why}; {'free some space or ' * full}choose another place. What was "
+                     "there before is intact.")
+
+
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it there when the block ends well, remove it when it does not.
@@ -45,12 +52,10 @@ def atomic(path: Path | str) -> Iterator[Path]:
             os.replace(temp, path)
         sync(path.parent, deep=False)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)          # of the disk, a quota, a limit
-        why = error.strerror or error
+        why = None
         if error.errno == errno.ENOENT and error.filename == str(temp):          # its folder is there: see above
             why = f"no file can be made in {path.parent}"
-        raise UserError(f"could not write {path}: {why}; {'free some space or ' * full}choose another place. What was "
-                        "there before is intact.") from error
+        raise unwritten(path, error.errno, why or error.strerror or error) from error
     finally:
         if temp.is_dir():
             shutil.rmtree(temp, ignore_errors=True)

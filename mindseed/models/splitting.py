@@ -25,7 +25,8 @@ def splitting_problems(config: LMConfig, options: ParallelOptions, *, seq_len: i
         found.append(f"parallel.expert={options.expert}: this model has no experts")
     seq_len, tensor = seq_len or config.seq_len, options.tensor
     if config.vocab_size % tensor:
-        found.append(f"a vocabulary of {config.vocab_size} is no multiple of parallel.tensor={tensor}")
+        found.append(f"a vocabulary of {config.vocab_size} is no multiple of parallel.tensor={tensor}; where the "
+                     f"tokenizer is still to be trained, data.vocab_size={config.vocab_size // tensor * tensor} is")
     if tensor > 1 and options.sequence and seq_len % tensor:
         found.append(f"rows of {seq_len} tokens are no multiple of parallel.tensor={tensor}, over which sequence "
                      "parallel cuts them; give parallel.sequence=false or another data.seq_len")

@@ -159,7 +159,8 @@ class MoE(nn.Module):
         """Losses per token, (B, T) each, already weighed."""
         c, aux = self.config, {}
         if c.balance_weight:
-            busy = counts / counts.sum() if self.load.last is None else self.load.last
+            busy = counts.new_tensor(1 / c.experts, dtype=shares.dtype).expand(c.experts) if self.load.last is None \
+                else self.load.last
             aux["balance"] = c.balance_weight * balance_per_token(shares, busy)
         if c.sequence_weight:
             ones = torch.ones_like(chosen, dtype=shares.dtype).flatten(1)

@@ -12,6 +12,7 @@ written or read here.
 """
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
+from mindseed.base.files import unwritten
 from mindseed.nn.moe import MoE, MoEConfig
 
 UNKNOWN = -1.0                                    # where a mixture has not counted yet
@@ -77,8 +79,23 @@ def save(folder: Path, tensors: dict[str, Tensor], *, background: bool,
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         if background and torch_dist.is_initialized():
             return dcp.async_save(tensors, storage_writer=writer, process_group=group)
-        dcp.save(tensors, storage_writer=writer, no_dist=not torch_dist.is_initialized())
+        with told_as_one(folder):
+            dcp.save(tensors, storage_writer=writer, no_dist=not torch_dist.is_initialized())
     return None
+
+
+@contextlib.contextmanager
+def told_as_one(folder: Path) -> Iterator[None]:
+    """A place that cannot be written fails on several ranks, and torch tells of all at once: made one UserError."""
+    from torch.distributed.checkpoint import CheckpointException
+    try:
+        yield
+    except CheckpointException as error:
+        for rank, (failure, _) in sorted(error.failures.items()):
+            if isinstance(failure, OSError) or "IoError" in str(failure):         # safetensors has errors of its own
+                raise unwritten(folder, getattr(failure, "errno", None), f"rank {rank}: "
+                                f"{getattr(failure, 'strerror', None) or failure}") from None
+        raise
 
 
 def load(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer],

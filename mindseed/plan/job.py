@@ -123,6 +123,16 @@ def chunks(config: LMConfig, job: Job) -> list[list[Chunk]]:
     return cut(config, job.parallel.pipe, job.parallel.schedule if job.parallel.pipe > 1 else "1f1b")
 
 
+def unlike(held: list[list[Chunk]]) -> list[int]:
+    """The ranks of a pipeline that hold something else than those before them: the first of each kind. Of equals it is
+    the first that keeps the most pieces under way."""
+    kinds: dict[tuple, int] = {}
+    for rank, some in enumerate(held):
+        kind = tuple((tuple((id(layer), times) for layer, times in c.runs), c.first, c.last) for c in some)
+        kinds.setdefault(kind, rank)
+    return list(kinds.values())
+
+
 @by_model
 def cut(config: LMConfig, pipe: int, schedule: str) -> list[list[Chunk]]:
     stages, layers, made = pipe * STAGES[schedule], len(config.layers), []

@@ -30,7 +30,7 @@ from mindseed.nn.fused_head import CHUNK_BYTES, KEEP_BYTES
 from mindseed.optim.muon import AT_ONCE
 from mindseed.optim.paged import PAGE_BYTES
 from mindseed.plan.activations import WIDE, around_kept, block_kept, scratch_bytes, transient
-from mindseed.plan.job import Chunk, Job, by_model, chunks
+from mindseed.plan.job import Chunk, Job, by_model, chunks, unlike
 from mindseed.plan.params import Matrix, Params, adapter_matrices, layer_params, norm_params
 from mindseed.plan.pipeline import in_flight
 
@@ -101,9 +101,9 @@ def plan_memory(config: LMConfig, *, batch_size: int, seq_len: int, itemsize: in
 
 
 def memory_of(config: LMConfig, job: Job) -> TrainMemory:
-    """The rank that needs most: with a pipeline the first or the last."""
+    """Of the rank that needs most."""
     held = chunks(config, job)
-    plans = [rank_memory(config, job, rank, held[rank]) for rank in sorted({0, len(held) - 1})]
+    plans = [rank_memory(config, job, rank, held[rank]) for rank in unlike(held)]
     return max(plans, key=lambda plan: plan.total)
 
 

@@ -13,7 +13,7 @@ ZeRO-2.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from mindseed.base.mesh import ParallelOptions
@@ -50,9 +50,11 @@ class Found:
     problems: Counter[str] = field(default_factory=Counter)         # what cannot be split, and how many meshes ask it
 
 
-def search(config: LMConfig, like: Job, board: Machine, *, rows: int, keep: int = 5) -> Found:
+def search(config: LMConfig, like: Job, board: Machine, *, rows: int, keep: int = 5,
+           refused: Callable[[ParallelOptions], list[str]] = lambda options: []) -> Found:
     """Plans for steps of `rows` rows on `like.world` devices. Precision, optimiser, adapters and so on are those of
-    `like`; so is what its options of parallel say about backend, gather and offload."""
+    `like`; so is what its options of parallel say about backend, gather and offload. `refused`: why a mesh does not
+    suit the run for other reasons than the model's."""
     found, room, before = Found(), ROOM * board.memory, {}
     best: dict[tuple, Plan] = {}
     for options in meshes(config, like, board):
@@ -61,6 +63,13 @@ def search(config: LMConfig, like: Job, board: Machine, *, rows: int, keep: int 
             before[key] = splitting_problems(config, options, seq_len=like.seq_len)
             found.problems.update(before[key])
         if before[key] or options.problems(like.world):
+            continue
+        if problems := refused(options):
+            found.problems.update(problems)
+            continue
+        data = like.world // (options.tensor * options.pipe * options.context)
+        if rows % data:
+            found.problems[f"{rows} rows of a step are no multiple of {data} data-parallel ranks (loop.batch)"] += 1
             continue
         for job in batches(options, like, rows):
             plan = fitting(config, job, board, room, found, keep)
@@ -121,10 +130,7 @@ def sharings(base: ParallelOptions, data: int, context: int, expert: int, per_no
 def batches(options: ParallelOptions, like: Job, rows: int) -> Iterator[Job]:
     """Micro-batches that divide the rows of a step, smallest first. A pipeline takes all rows of a rank as one
     micro-batch, cut into pieces."""
-    data = like.world // (options.tensor * options.pipe * options.context)
-    if rows % data:
-        return
-    mine = rows // data
+    mine = rows // (like.world // (options.tensor * options.pipe * options.context))
     for size in powers(min(mine, max(1, MANY * options.context // like.seq_len))):
         if mine % size:
             continue

@@ -20,7 +20,7 @@ from mindseed.models.config import LMConfig
 from mindseed.plan.activations import WIDE
 from mindseed.plan.communication import Group, Transfer, exchange_s, gather_s, groups, pass_s, reduce_s, share
 from mindseed.plan.flops import flops_per_token
-from mindseed.plan.job import Chunk, Job, by_model, chunks
+from mindseed.plan.job import Chunk, Job, by_model, chunks, unlike
 from mindseed.plan.machines import HIDDEN, MEMORY, Machine
 from mindseed.plan.memory import BUCKET_BYTES, Weights, layer_weights, orthogonal, table_weights
 from mindseed.plan.pipeline import bubble_s
@@ -64,7 +64,7 @@ class Rank:
 
 def step_time(config: LMConfig, job: Job, board: Machine) -> StepTime:
     held, sizes = chunks(config, job), job.sizes
-    ranks = [rank_work(config, job, board, held[rank]) for rank in sorted({0, len(held) - 1, len(held) // 2})]
+    ranks = [rank_work(config, job, board, held[rank]) for rank in unlike(held)]
     slowest = max(ranks, key=lambda rank: rank.work.total)
     work, times = slowest.work, job.accumulate * job.pieces
     transfers = [Transfer(axis=axis, what=WHAT[axis], sent=work.sent[axis] * times, seconds=wait * times,

@@ -19,6 +19,7 @@ import mindseed
 from mindseed.base import config as base_config
 from mindseed.base import dist
 from mindseed.base.errors import UserError
+from mindseed.base.files import read_json
 from mindseed.base.hardware import fast_bfloat16
 from mindseed.base.mesh import ParallelOptions
 from mindseed.core import Objective
@@ -68,6 +69,12 @@ def run_problems(options: TrainOptions | RLOptions) -> list[str]:
                      "shares them out")
     if not mesh.plain and options.lora.rank and options.lora.nf4:
         found.append("lora.nf4 packs the base's weights, which parallel.zero would have to take apart")
+    if mesh.backend == "deepspeed" and options.loop.precision.startswith("fp8"):
+        found.append(f"the deepspeed backend trains in fp32, bf16 or fp16; loop.precision={options.loop.precision} is "
+                     "the native backend's")
+    if mesh.backend == "deepspeed" and options.optim.kind != "adamw":
+        found.append("the deepspeed backend updates with AdamW alone, which does not mind how weights are cut (Muon "
+                     "needs whole matrices): give --optim.kind adamw, or --parallel.backend native")
     if mesh.backend == "deepspeed" and mesh.zero == 3 and getattr(options.loop, "ema", None):
         found.append("loop.ema averages weights that DeepSpeed's stage 3 has taken apart; parallel.zero=2 or "
                      "parallel.backend=native keep them")
@@ -81,8 +88,11 @@ def config_ahead(options: TrainOptions | RLOptions) -> LMConfig | None:
     if options.model.start is not None:
         return config_of(options.model.start)
     vocab_size = options.data.vocab_size
+    prepared = [Path(entry) / "manifest.json" for entry in options.data.train or ()]
     if options.data.tokenizer and Path(options.data.tokenizer).exists():
         vocab_size = load_tokenizer(options.data.tokenizer).vocab_size
+    elif known := [path for path in prepared if path.exists()]:
+        vocab_size = read_json(known[0], {"vocab_size": int}).get("vocab_size", vocab_size)
     return options.model.shape(options.depth).lm_config(vocab_size=vocab_size, seq_len=options.data.seq_len or 512)
 
 
@@ -103,9 +113,9 @@ def shared_out(options: ParallelOptions, world: int, micro_batch: int) -> str:
     if sizes.pipe == 1:
         return said
     pieces = options.pieces
-    return (f"{said}; the pipeline ({options.schedule}) runs {pieces} pieces of {micro_batch // pieces} rows, and a rank "
-            f"stands still for {bubble_share(options.schedule, sizes.pipe, pieces):.0%} of a step (the bubble), longer "
-            "where stages are unequal")
+    return (f"{said}; the pipeline ({options.schedule}) runs {pieces} pieces of {micro_batch // pieces} row(s), and a "
+            f"rank stands still for {bubble_share(options.schedule, sizes.pipe, pieces):.0%} of a step (the bubble), "
+            "longer where stages are unequal")
 
 
 def gathers_in_bf16(options: TrainOptions | RLOptions, device: torch.device) -> bool:

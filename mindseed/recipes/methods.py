@@ -36,6 +36,7 @@ from mindseed.rl.on_policy import OnPolicy
 from mindseed.rl.prompts import Prompts, read_prompts
 from mindseed.train.native import AUTOCAST
 from mindseed.train.teacher import distillation
+from mindseed.train.validate import dealt
 
 TRAINS_ON = {"sft": ("text", "chat"), "distill": ("text", "chat"), "dpo": ("preference",), "reward": ("preference",),
              "kto": ("preference", "unpaired"), "process-reward": ("steps",)}
@@ -216,14 +217,13 @@ def measure(backend: Any, objective: Objective, batches: Any, device: torch.devi
     """The objective's loss and metrics on held-out rows, by all ranks together."""
     sums: dict[str, torch.Tensor] = {}
     count = torch.zeros((), device=device)
-    every = list(batches) if dist.row_ranks() > 1 and not objective.splittable else batches
-    for i, batch in enumerate(every):
-        if i % dist.row_ranks() != dist.row_rank() and objective.splittable:
-            continue
+    whole = dist.row_ranks() > 1 and not objective.splittable                     # every rank compares all of them
+    for batch, counts in ((batch, True) for batch in list(batches)) if whole else dealt(backend, batches):
         batch = objective.prepare(batch.to(device))
-        for name, value in backend.judged(batch).items():
+        found = backend.judged(batch).items()
+        for name, value in found if counts else ():
             sums[name] = sums.get(name, 0) + value
-        count = count + objective.count(batch)
+        count = count + objective.count(batch) * counts
     names = sorted({name for found in dist.gather(sorted(sums)) for name in found})
     count = dist.sum_over_ranks(count).clamp_min(1)
     zero = torch.zeros((), device=device)

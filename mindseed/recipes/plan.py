@@ -13,6 +13,7 @@ docs/PLANNING.md says what stands behind every figure, and how near plans came t
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from mindseed.plan.published import PUBLISHED, published
 from mindseed.plan.search import ROOM, Plan, nearest, search
 from mindseed.plan.time import step_time
 from mindseed.recipes import plan_picture, plan_tables
-from mindseed.recipes.launch import job_of
+from mindseed.recipes.launch import job_of, run_problems
 from mindseed.recipes.machine import choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.options import TrainOptions, derive, with_rows
 
@@ -69,9 +70,12 @@ class Options(TrainOptions):
         super().__post_init__()
         if self.mfu is not None and not 0 < self.mfu <= 1:
             raise ValueError(f"mfu={self.mfu} must lie in (0, 1]")
-        for name in ("gpus", "node", "keep", "network", "tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < (1 if name in ("gpus", "node", "keep") else 0):
+        for name in ("gpus", "node", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("network", "tokens"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         if self.price is not None and self.price < 0:
             raise ValueError(f"price={self.price} must not be negative")
 
@@ -176,6 +180,7 @@ def the_job(options: Options, config: LMConfig, board: Machine, device: torch.de
     wrong with the mesh."""
     loop, parallel, precision = options.loop, options.parallel, precision_of(options, board, device)
     problems = parallel.problems(world) + splitting_problems(config, parallel, seq_len=options.data.seq_len)
+    problems += run_problems(options)
     if problems and not options.search:
         raise UserError("\n".join(["this cannot be shared out so:", *(f"  {line}" for line in problems)])
                         if len(problems) > 1 else problems[0])
@@ -260,12 +265,26 @@ def show_search(options: Options, config: LMConfig, job: Job, board: Machine, fl
     probe = tokens_per_s(options, config, replace(job, world=1, parallel=type(job.parallel)()), board, flops)
     derived = derive(options, params=params.active, rows_per_epoch=rows_per_epoch(options), world=1,
                      tokens=options.tokens or options.loop.minutes and 60 * options.loop.minutes * probe * job.world)
-    found = search(config, job, board, rows=derived.loop.batch, keep=options.keep)
+    if options.loop.batch is None:                # meshes divide it
+        batch = round_rows(derived.loop.batch, job.world)
+        tokens = derived.loop.steps * derived.loop.batch * job.seq_len
+        derived = derive(replace(options, loop=replace(options.loop, batch=batch)), params=params.active, world=1,
+                         rows_per_epoch=rows_per_epoch(options), tokens=tokens)
+    found = search(config, job, board, rows=derived.loop.batch, keep=options.keep,
+                   refused=lambda mesh: run_problems(replace(options, parallel=mesh)))
     plan_tables.show_model(config, params, options.lora.rank)
     plan_tables.show_found(found, board, derived.loop.batch, derived.loop.steps,
                            board.price if options.price is None else options.price, options)
     if options.picture and found.plans:
         plan_picture.draw(config, found.plans, board, Path(options.picture))
+
+
+def round_rows(rows: int, world: int) -> int:
+    """A number near to `rows` that many meshes divide: one, two or three times a power of two, and a multiple of the
+    world where it is larger."""
+    unit = world if rows >= world else 1
+    near = [unit * times << k for k in range(rows.bit_length()) for times in (1, 3)]
+    return min(near, key=lambda n: abs(math.log(n / rows)))
 
 
 def remember_machine(options: Options) -> None:

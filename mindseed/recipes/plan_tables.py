@@ -144,14 +144,16 @@ def show_found(found: Found, board: Machine, rows: int, steps: int, price: float
     table(f"the best of {found.tried:,} plans for {world:,} x {board.name}, {rows} rows of {seq_len} a step, {steps:,} "
           "steps", ["", "mesh", "zero", "pipeline", "rows at a time", "recompute", "memory", "waiting", "bubble",
                     "tok/s a device", "mfu", "time", "cost"], shown)
-    if not found.plans:
+    if not found.tried:
+        warn(f"no mesh suits the model and {rows} rows a step, so none was tried")
+    elif not found.plans:
         warn(f"nothing fits into {ROOM:.0%} of {bytes_text(board.memory)}: take more devices (--gpus)")
     say(f"{found.fitting:,} plans fit into {ROOM:.0%} of {bytes_text(board.memory)}"
         + ("; of those that do not, the nearest need "
            + ", ".join(f"{bytes_text(n)} ({job.sizes.describe()}, zero {job.parallel.zero})"
                        for n, job in found.too_big[:3]) if found.too_big else ""))
     if found.problems:
-        say("meshes that do not suit the model: " + "; ".join(
+        say("meshes that do not suit the model or the run: " + "; ".join(
             f"{line} ({n} of them)" for line, n in found.problems.most_common(3)))
     if found.plans:
         usual = settings(Job(rows=0, seq_len=1))

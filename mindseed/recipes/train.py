@@ -26,7 +26,6 @@ from mindseed.base.log import bytes_text, check_sinks, read_jsonl, say, si, tabl
 from mindseed.core import Objective, Source
 from mindseed.data.mix import Mixture
 from mindseed.data.readers import kind_of, read_rows
-from mindseed.data.prefetch import Prefetch
 from mindseed.infer.generate import generate
 from mindseed.infer.sample import Sampling
 from mindseed.interop.directory import SAMPLING, Loaded, load_directory, require_folder, save_directory
@@ -40,7 +39,7 @@ from mindseed.optim.ema import EMA
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
 from mindseed.parallel.context import Cut
-from mindseed.parallel.mesh import make_mesh
+from mindseed.parallel.mesh import Mesh, make_mesh
 from mindseed.parallel.parallelize import parallelize
 from mindseed.plan.flops import flops_per_token
 from mindseed.plan.memory import memory_of
@@ -133,7 +132,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
         close(source)
         return run_folder / "model"
     torch.manual_seed(options.seed + 1_000_003 * (mesh.seed if mesh else dist.rank())) if not resumed else None
-    announce(options, model, data, groups, run_folder, device, resumed, run.step, cover)
+    announce(options, model, data, table_of(groups, mesh), run_folder, device, resumed, run.step, cover)
 
     peak_flops = dist.world_size() * peak(device, DTYPES[options.loop.precision]).flops
     fit(Fit(run=run, steps=options.loop.steps, checkpoints=checkpoints, save_every=options.loop.save_every, ema=ema,
@@ -226,8 +225,8 @@ def with_config(model: LM, config: LMConfig) -> LM:
 
 def close(source: Source) -> None:
     """End the thread that reads ahead, if there is one."""
-    if isinstance(source, Prefetch):
-        source.close()
+    if end := getattr(source, "close", None):
+        end()
 
 
 def resume(options: TrainOptions, run: Run, ema: EMA | None, checkpoints: Checkpoints) -> Path | None:
@@ -317,8 +316,22 @@ def samples(backend: NativeBackend, data: Data, seed: int, *, count: int = 2, ma
 
 # -------------------------------------------------------------------------------------------------- words and records
 
-def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder: Path, device: torch.device,
-             resumed: Path | None, step: int, cover: Coverage | None) -> None:
+def table_of(groups: list, mesh: Mesh | None) -> list[tuple[str, ...]]:
+    """Who updates what, over all stages of a pipeline; a collective call where there are several."""
+    rows = group_table(groups)
+    if mesh is None or mesh.sizes.pipe == 1:
+        return rows
+    sums: dict[tuple[str, ...], list[int]] = {}
+    for own in dict(dist.gather((mesh.place("pipe"), rows))).values():
+        for name, optimizer, tensors, parameters, *rest in own:
+            entry = sums.setdefault((name, optimizer, *rest), [0, 0])
+            entry[0], entry[1] = entry[0] + int(tensors), entry[1] + int(parameters.replace(",", ""))
+    return [(name, optimizer, str(tensors), f"{parameters:,}", *rest)
+            for (name, optimizer, *rest), (tensors, parameters) in sums.items()]
+
+
+def announce(options: TrainOptions, model: LM, data: Data, groups: list[tuple[str, ...]], folder: Path,
+             device: torch.device, resumed: Path | None, step: int, cover: Coverage | None) -> None:
     """What is about to happen, before the first step: the model, the data, the optimisers, every derived value."""
     if not dist.is_main():
         return
@@ -341,7 +354,8 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
     adapter.show(cover, options.lora)
     tokens = loop.batch * options.data.seq_len
     say(f"batch      {loop.batch} rows of {options.data.seq_len} = {tokens:,} tokens a step, "
-        f"in micro-batches of {loop.micro_batch} on {dist.row_ranks()} rank(s); {loop.steps} steps")
+        f"in micro-batches of {loop.micro_batch}" + f" on each of {dist.row_ranks()} ranks" * (dist.row_ranks() > 1)
+        + f"; {loop.steps} steps")
     passes = loop.steps * loop.batch / len(data.rows)
     say(f"passes     {passes:.3g} over the data")
     if passes > 10:
@@ -355,7 +369,7 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list, folder:
                  precision=loop.precision.removesuffix("-block"))
     warn_if_too_big(memory_of(c, job).total, device)
     table("optimisers", ["group", "optimiser", "tensors", "parameters", "decay", "rate x"],
-          [list(row) for row in group_table(groups)])
+          [list(row) for row in groups])
     if resumed:
         say_changes(options, folder, step)
     say(f"going on from {resumed}" if resumed else f"writing to {folder}")

@@ -95,8 +95,15 @@ def fit(plan: Fit) -> dict[str, Any]:
 
 
 def kept(plan: Fit, error: UserError) -> UserError:
-    """The error, after what has been learnt so far is saved, if it is not yet."""
-    if not plan.checkpoints or plan.run.step == 0 or plan.checkpoints.holds(plan.run.step):
+    """The error, after what has been learnt so far is saved, if it is not yet. Saving takes all ranks, and this may be
+    the only one that has failed: then what was begun is finished, and the others are told (base/watch.py)."""
+    if not plan.checkpoints or plan.run.step == 0:
+        return error
+    if dist.world_size() > 1:
+        plan.checkpoints.wait()
+        newest = plan.checkpoints.found()[-1:]
+        return UserError(f"{error}\nThe same command goes on from {newest[0]}") if newest else error
+    if plan.checkpoints.holds(plan.run.step):
         return error
     where = plan.checkpoints.save(plan.run, plan.ema)
     plan.checkpoints.wait()

@@ -35,7 +35,7 @@ def capture(run: Run, ema: EMA | None) -> dict[str, Any]:
     over ranks. A collective call: all ranks take part."""
     backend = run.backend
     small = {"source": run.source.state_dict(), "step": run.step, "tokens": run.tokens,
-             "random": dist.gather(random_state())}
+             "random": dist.gather(random_state()), "draws": dist.gather(draws(run))}
     if backend.mesh is not None:
         about = {"scaler": backend.scaler.state_dict(), "skipped": backend.skipped}
         return small | {"backend": about, "ema": {"updates": ema.updates} if ema else None}
@@ -45,7 +45,8 @@ def capture(run: Run, ema: EMA | None) -> dict[str, Any]:
 
 
 def restore(run: Run, ema: EMA | None, saved: dict[str, Any]) -> None:
-    """Put `run` where `capture` found it. On another number of ranks the random states start afresh from rank 0's."""
+    """Put `run` where `capture` found it. Where ranks share the work otherwise than those that saved, random states
+    start afresh from the first one's."""
     backend, average = run.backend, ema.average if ema and saved["ema"] else None
     if "shards" in saved:
         backend.load_spread(saved["shards"], saved["backend"], average)
@@ -65,8 +66,20 @@ def restore(run: Run, ema: EMA | None, saved: dict[str, Any]) -> None:
     elif ema:                                     # asked for only now: it was made of the weights before these
         ema.restart()
     run.step, run.tokens = saved["step"], saved["tokens"]
-    states = saved["random"]
-    set_random_state(states[dist.rank() if len(states) == dist.world_size() else 0])
+    mine, then, states = draws(run), saved.get("draws") or list(range(len(saved["random"]))), saved["random"]
+    now = dist.gather(mine)
+    if now == then:
+        set_random_state(states[dist.rank()])
+    elif {*now} == {*then}:                       # laid out otherwise, but as many that draw apart
+        set_random_state(states[then.index(mine)])
+    else:
+        set_random_state(states[0])
+        torch.manual_seed(int(torch.randint(1 << 60, ())) + 1_000_003 * mine)
+
+
+def draws(run: Run) -> int:
+    """Ranks with the same number draw the same: those that hold parts of one matrix must drop the same activations."""
+    return run.backend.mesh.seed if run.backend.mesh is not None else dist.rank()
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -144,7 +157,8 @@ class Checkpoints:
         """Until the checkpoint that is being written in the background is whole."""
         pending, self.pending = self.pending, None
         if pending is not None:
-            pending.result()
+            with spread.told_as_one(self.folder):
+                pending.result()
 
     def prune(self, just: Path) -> None:
         """Remove what is neither new enough nor the best, never the one `just` saved: damaged ones may look newer. With

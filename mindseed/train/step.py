@@ -86,7 +86,8 @@ def check_finite(run: Run, batches: list[Batch], loss: float) -> None:
             for row in range(len(batch.ids)):
                 if not torch.isfinite(run.backend.score(one_row(batch, row))):
                     guilty.append(one_row(batch, row))
-    raise NonFinite(f"the loss is {loss}; {name_samples(run.source, guilty or batches)}")
+    found = any(dist.gather(bool(guilty)))        # by whichever rank has read it
+    raise NonFinite(f"the loss is {loss}; {name_samples(run.source, guilty if found else batches)}")
 
 
 def one_row(batch: Batch, row: int) -> Batch:
@@ -96,9 +97,10 @@ def one_row(batch: Batch, row: int) -> Batch:
 
 
 def name_samples(source: Source, batches: list[Batch]) -> str:
-    """Where the rows came from, as far as the source can tell."""
+    """Where the rows of all ranks came from, as far as the source can tell; a collective call."""
     rows = [int(r) for b in batches if "row" in b.extra for r in b.extra["row"]]
     describe = getattr(source, "describe", None)
-    names = describe(rows) if rows and describe else []
+    told = dist.gather(describe(rows) if rows and describe else [])
+    names = [*dict.fromkeys(name for names in told for name in names)]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"samples: {shown}" if names else "the source does not name its samples"
