@@ -101,7 +101,7 @@ class Stage(nn.Module):
                                           Batch(ids=rows["targets"], positions=positions, **rows))
         for name, value in {"loss": total.detach(), **sums}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
-        return total.view(1)
+        return torch.stack([total])               # no view: FSDP hooks into what it is given
 
 
 class Pipeline:
