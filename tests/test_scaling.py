@@ -51,6 +51,24 @@ def test_a_law_without_noise_is_found_to_the_digit():
         assert found.error < 1e-8
 
 
+def test_joined_terms_are_found_and_told_from_a_sum():
+    law = Law(E=1.5, A=60.0, B=900.0, alpha=0.25, beta=0.35, joined=True)
+    runs = grid(law, noise=0.001)
+    joined, summed = fit(grid(law), joined=True, draws=2), fit(runs, draws=2)
+    assert [getattr(joined.law, name) for name in FIELDS] == pytest.approx([getattr(law, name) for name in FIELDS],
+                                                                           rel=1e-4)
+    assert fit(runs, joined=True, draws=2).objective < summed.objective / 2
+    assert scaling_law.fitted(rows_of(runs), scaling_law.Options(fit="x", draws=2))[0] == "total, joined"
+
+
+def test_kaplans_law_is_the_joined_one_without_a_constant():
+    """Equation 1.5 of 2001.08361 with the numbers of its table 2."""
+    a, b, n, d = 0.076, 0.103, 6.4e13, 1.8e13
+    law = Law(E=0.0, A=n**a, B=d**b, alpha=a, beta=b, joined=True)
+    for params, tokens in ((1e6, 1e8), (1e9, 2e10), (1e11, 3e11)):
+        assert law.loss(params, tokens) == pytest.approx(((n / params) ** (a / b) + d / tokens) ** b)
+
+
 @pytest.mark.parity
 def test_the_valley_is_as_deep_as_lbfgs_finds_it():
     """The paper's minimiser, from several starts, on the same objective written out in torch."""
@@ -83,8 +101,9 @@ def test_the_valley_is_as_deep_as_lbfgs_finds_it():
     assert found.objective <= min(depths) * (1 + 1e-6) and min(depths) < 1.1 * found.objective
 
 
-def test_derivatives_are_those_of_differences():
-    table, theta = Centred(grid(noise=0.02)), np.array([[0.3, 0.9, 0.5, -1.2, -0.7]])
+@pytest.mark.parametrize("joined", [False, True])
+def test_derivatives_are_those_of_differences(joined):
+    table, theta = Centred(grid(noise=0.02), joined=joined), np.array([[0.3, 0.9, 0.5, -1.2, -0.7]])
     _, slopes = table.residuals(theta)
     for i in range(5):
         step = 1e-6 * np.eye(5)[i]
@@ -146,7 +165,7 @@ def test_the_replicated_law_wants_twenty_tokens_a_parameter():
     assert as_printed[1] / as_printed[0] > 60                         # the fault that 2404.10102 found
 
 
-@pytest.mark.parametrize("law", [LAW, REPLICATED])
+@pytest.mark.parametrize("law", [LAW, REPLICATED, replace(LAW, joined=True), replace(REPLICATED, joined=True)])
 def test_the_optimum_is_one(law):
     params, tokens = law.optimal(1e18)
     assert 6 * params * tokens == pytest.approx(1e18)
@@ -211,7 +230,8 @@ def test_somebody_elses_table(tmp_path, capsys):
     assert cli.main(["scaling-law", "--fit", table, "--predict", "5e6x1e7", "--unique", "2e6", "--draws", "40", "--out",
                      str(tmp_path / "out")]) == 0
     facts = json.loads((tmp_path / "out/scaling.json").read_text())
-    law = facts["laws"]["total"]
+    law = facts["laws"]["total, sum"]
+    assert (facts["law"], facts["form"]) == ("total, sum", "sum")
     assert facts["count"] == "total" and law["alpha"][1] < law["alpha"][0] < law["alpha"][2]
     assert law["error"] == pytest.approx(0.003, abs=0.002) and len(facts["runs"]) == 20
     [said] = facts["predictions"]
@@ -219,7 +239,7 @@ def test_somebody_elses_table(tmp_path, capsys):
     assert [r["worth"] for r in facts["repeats"]][:2] == pytest.approx([1, 1.968], abs=1e-3)
     said = capsys.readouterr().out
     assert "5e6x1e7" in said and "fitted anew" in said
-    assert "| total |" in (tmp_path / "out/scaling.md").read_text()
+    assert "| total, sum |" in (tmp_path / "out/scaling.md").read_text()
 
 
 def test_the_count_that_fits_better_is_chosen(tmp_path):
@@ -228,8 +248,9 @@ def test_the_count_that_fits_better_is_chosen(tmp_path):
             for i, row in enumerate(rows_of(runs))]
     options = scaling_law.Options(fit="x", draws=2)
     name, fits = scaling_law.fitted(rows, options)
-    assert name == "non-embedding" and set(fits) == {"total", "non-embedding"}
-    assert scaling_law.fitted(rows, replace(options, count="total"))[0] == "total"
+    assert name == "non-embedding, sum" and len(fits) == 4
+    assert scaling_law.fitted(rows, replace(options, count="total", form="sum"))[0] == "total, sum"
+    assert scaling_law.fitted(rows, replace(options, form="joined"))[0] == "non-embedding, joined"
     with pytest.raises(UserError, match="--count non-embedding needs the column non_embedding"):
         scaling_law.fitted(rows_of(runs), replace(options, count="non-embedding"))
 

@@ -34,6 +34,8 @@ def average(params: Iterable[Tensor], group: torch_dist.ProcessGroup, over: int)
         if p.grad is None:
             p.grad = torch.zeros_like(p)
         grads.append(local(p.grad))
+    if group.size() == over == 1:
+        return
     for bucket in buckets(grads):
         flat = _flatten_dense_tensors(bucket)
         torch_dist.all_reduce(flat, group=group)

@@ -251,7 +251,7 @@ def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> Tra
     if held[0].first and not job.lora_rank:
         moments["the gradient of the embedding"] = {"gradients": max(before, after),
                                                     "transient": WIDE * root.dense * config.tied}
-    if stage == 0 and not job.parallel.plain and job.world > 1:                   # flat copies, two buckets at a time
+    if stage == 0 and not job.parallel.plain and sizes.parts > 1:                 # flat copies, two buckets at a time
         moments["the sum over ranks"] = {"gradients": after, "communication": min(whole, 2 * BUCKET_BYTES)}
     update = muon_bytes(config, job, held) if job.optimizer == "muon" and not job.lora_rank else 0
     moments["the update"] = {"gradients": after, "update": update, "gathered": 0, "communication": 0}

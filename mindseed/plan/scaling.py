@@ -5,10 +5,15 @@ what no model can predict (Chinchilla, Hoffmann et al., 2203.15556):
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
-Five numbers, fitted to a table of finished runs as in its appendix D.3: the Huber loss (delta 1e-3) of log L, so that a
-run that went wrong pulls little, minimised from a grid of starts, since the surface has several valleys. With the
-arithmetic of a run at C = 6 N D, the law has its optimum at N* = G (C/6)^a and D* = (C/6)^b / G, where
-a = beta / (alpha + beta), b = alpha / (alpha + beta) and G = (alpha A / (beta B))^(1 / (alpha + beta)).
+What both terms cost together need not be their sum: a small model that has seen much gains less from more tokens than a
+large one. Kaplan et al. (2001.08361, equation 1.5) join them so; here with a constant E added:
+
+    L(N, D) = E + ((A / N^alpha)^(1/beta) + (B / D^beta)^(1/beta))^beta
+
+Either way five numbers, fitted to a table of finished runs as in appendix D.3 of Chinchilla: the Huber loss (delta
+1e-3) of log L, so that a run that went wrong pulls little, minimised from a grid of starts, since the surface has
+several valleys. With the arithmetic of a run at C = 6 N D, the law has its optimum at N* = G (C/6)^a and D* = (C/6)^b /
+G, where a = beta / (alpha + beta), b = alpha / (alpha + beta) and G = (alpha A / (beta B))^(1 / (alpha + beta)).
 
 The numbers that the paper printed are not the minimum of its own objective: Besiroglu et al. (2404.10102) read the runs
 off its figure and fitted them again (`REPLICATED`), which agrees with the paper's other two approaches, about 20 tokens
@@ -35,33 +40,43 @@ REPEATED_DATA, REPEATED_PARAMS = 15.39, 5.31      # R*_D and R*_N of 2305.16264
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta, in nats a token. Its fields may be arrays: then it is as many laws."""
+    """L(N, D) in nats a token: the sum of three terms, or two of them `joined`. Its fields may be arrays: then it is as
+    many laws."""
 
     E: Any
     A: Any
     B: Any
     alpha: Any
     beta: Any
+    joined: bool = False
 
     def loss(self, params: Any, tokens: Any) -> Any:
-        return self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
+        if not self.joined:
+            return self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
+        n, d = np.log(self.A) - self.alpha * np.log(params), np.log(self.B) - self.beta * np.log(tokens)
+        return self.E + np.exp(self.beta * np.logaddexp(n / self.beta, d / self.beta))
 
     @property
     def exponents(self) -> tuple[Any, Any]:
         """(a, b): N* grows as C^a and D* as C^b."""
         return self.beta / (self.alpha + self.beta), self.alpha / (self.alpha + self.beta)
 
+    @property
+    def scale(self) -> Any:
+        """G. The joined terms are least where the sum of their powers 1 / beta is: a law of exponents alpha / beta and
+        1, whose optimum grows as fast."""
+        ratio = np.power(self.alpha / self.beta, self.beta if self.joined else 1.0)
+        return np.power(ratio * self.A / self.B, 1 / (self.alpha + self.beta))
+
     def optimal(self, flops: Any, per: float = PER) -> tuple[Any, Any]:
         """(N*, D*), which reach the lowest loss for `flops` = per x N x D."""
         a, b = self.exponents
-        scale = np.power(self.alpha * self.A / (self.beta * self.B), 1 / (self.alpha + self.beta))
-        return scale * np.power(flops / per, a), np.power(flops / per, b) / scale
+        return self.scale * np.power(flops / per, a), np.power(flops / per, b) / self.scale
 
     def justified(self, tokens: Any) -> Any:
         """Parameters that so many tokens can fill: N* where D* is `tokens`."""
         a, b = self.exponents
-        scale = np.power(self.alpha * self.A / (self.beta * self.B), 1 / (self.alpha + self.beta))
-        return scale * np.power(scale * tokens, a / b)
+        return self.scale * np.power(self.scale * tokens, a / b)
 
     def limited(self, params: Any, tokens: Any, unique: Any, *, data: float = REPEATED_DATA,
                 excess: float = REPEATED_PARAMS) -> Any:
@@ -159,14 +174,14 @@ class Fit:
 
 # -------------------------------------------------------------------------------------------------------------- fitting
 
-def fit(runs: Runs, *, draws: int = 1000, seed: int = 0) -> Fit:
+def fit(runs: Runs, *, joined: bool = False, draws: int = 1000, seed: int = 0) -> Fit:
     """The law of a table of runs, and those of `draws` tables of as many runs drawn from it with replacement.
 
     Raises UserError, naming all that is wrong, for a table that cannot tell five numbers.
     """
     if problems := runs.problems():
         raise UserError("no law can be fitted:\n" + "\n".join(f"  {line}" for line in problems))
-    table = Centred(runs)
+    table = Centred(runs, joined=joined)
     starts = table.starts()
     found, value = descend(table, starts, np.ones((len(starts), len(runs))), close=1e-3, rounds=60)
     best = found[np.argsort(value)[:8]]                       # the deepest valleys, now to their bottoms
@@ -181,7 +196,8 @@ class Centred:
     """The table in logarithms around their means, where the five unknowns hardly depend on each other: logs of the
     three terms at the middle of the table, and of the two exponents, which so stay positive."""
 
-    def __init__(self, runs: Runs) -> None:
+    def __init__(self, runs: Runs, *, joined: bool = False) -> None:
+        self.joined = joined
         self.n, self.d, self.loss = np.log(runs.params), np.log(runs.tokens), np.log(runs.loss)
         self.n_mean, self.d_mean = self.n.mean(), self.d.mean()
         self.n, self.d = self.n - self.n_mean, self.d - self.d_mean
@@ -199,12 +215,14 @@ class Centred:
         a, b, e, alpha, beta = theta[0], theta[1], theta[2], np.exp(theta[3]), np.exp(theta[4])
         figures = {"E": np.exp(e), "A": np.exp(a + alpha * self.n_mean), "B": np.exp(b + beta * self.d_mean),
                    "alpha": alpha, "beta": beta}
-        return Law(**{name: x if np.ndim(x) else float(x) for name, x in figures.items()})
+        return Law(**{name: x if np.ndim(x) else float(x) for name, x in figures.items()}, joined=self.joined)
 
     def residuals(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of unknowns (S, 5): log of fitted over measured loss (S, R), and its derivatives (S, R, 5)."""
         a, b, e = (theta[:, i, None] for i in range(3))
         alpha, beta = np.exp(theta[:, 3, None]), np.exp(theta[:, 4, None])
+        if self.joined:
+            return self.joined_residuals(a - alpha * self.n, b - beta * self.d, e, alpha, beta)
         terms = np.stack([a - alpha * self.n, b - beta * self.d, e + 0 * self.n], -1)          # (S, R, 3)
         top = terms.max(-1, keepdims=True)
         shares = np.exp(terms - top)
@@ -212,6 +230,21 @@ class Centred:
         shares = shares / total
         slopes = np.stack([-shares[..., 0] * alpha * self.n, -shares[..., 1] * beta * self.d], -1)
         return (top + np.log(total))[..., 0] - self.loss, np.concatenate([shares, slopes], -1)
+
+
+    def joined_residuals(self, n: np.ndarray, d: np.ndarray, e: np.ndarray, alpha: np.ndarray, beta: np.ndarray
+                         ) -> tuple[np.ndarray, np.ndarray]:
+        """The same from logs of both terms (S, R): where they are joined, their shares q and 1 - q decide, and beta
+        also moves the joint, by the entropy of the shares."""
+        both = np.logaddexp(n / beta, d / beta)
+        log_q, log_rest = n / beta - both, d / beta - both
+        q, rest = np.exp(log_q), np.exp(log_rest)
+        total = np.logaddexp(beta * both, e)
+        share = np.exp(beta * both - total)
+        entropy = -(q * log_q + rest * log_rest)
+        slopes = [share * q, share * rest, 1 - share, -share * q * alpha * self.n,
+                  share * beta * (entropy - rest * self.d)]
+        return total - self.loss, np.stack(slopes, -1)
 
 
 def huber(r: np.ndarray, delta: float) -> np.ndarray:

@@ -5,11 +5,12 @@
   mindseed scaling-law --data.train corpus.jsonl --sizes 2 3 4 5 6 --tokens 5e6 1e7 2e7 --target 8 --target_tokens 5e7
   mindseed scaling-law --fit table.jsonl --predict 1e9x20e9                    somebody else's runs, without training
 
-The law is Chinchilla's (2203.15556), L = E + A / N^alpha + B / D^beta, and it answers: how large a model for my
-compute, how much better with ten times of it, and is this larger run worth its price? Before the largest run
-(`--target`) its loss is written down with an interval; then it is trained and compared. With the same command a broken
-sweep goes on. The folder holds runs.jsonl (a line each, which --fit reads), scaling.json (law, intervals, predictions),
-scaling.md and, with matplotlib, scaling.png.
+The law is Chinchilla's (2203.15556), L = E + A / N^alpha + B / D^beta, or has both terms joined as Kaplan's has them
+(2001.08361), where a small model gains less from more tokens; the one that fits the runs better is taken. It answers:
+how large a model for my compute, how much better with ten times of it, and is this larger run worth its price? Before
+the largest run (`--target`) its loss is written down with an interval; then it is trained and compared. With the same
+command a broken sweep goes on. The folder holds runs.jsonl (a line each, which --fit reads), scaling.json (law,
+intervals, predictions), scaling.md and, with matplotlib, scaling.png.
 
 Runs of one size share a trunk at the full learning rate and branch off to decay (`--no-trunk`: each for itself, with a
 batch and a rate of its own). N counts all parameters, or those outside the embedding as Kaplan counted, whichever the
@@ -38,9 +39,10 @@ from mindseed.recipes.sweep import Planned, Sweep, plan_line, problems, same_swe
 from mindseed.recipes.training_data import open_data
 from mindseed.train.loop import Interrupted
 
+FORMS = {"sum": False, "joined": True}            # of a law, and whether its terms are joined
 COUNTS = {"total": "params", "non-embedding": "non_embedding"}           # ways to count N, and their columns
 PASSES = (1, 2, 4, 8, 16, 40)
-FITTING = ("fit", "out", "count", "predict", "compute", "unique", "draws", "level", "seed")
+FITTING = ("fit", "out", "count", "form", "predict", "compute", "unique", "draws", "level", "seed")
 PUBLISHED = (CHINCHILLA, REPLICATED)
 MANY = 40                                         # runs shown in a table
 
@@ -59,6 +61,8 @@ class Options:
     trunk: bool = option(True, help="budgets of a size share a run and branch off to decay: the same as apart, at one "
                                     "batch and rate, in two thirds of the time")
     count: Literal["auto", "total", "non-embedding"] = option("auto", help="what N counts; auto: what fits better")
+    form: Literal["auto", "sum", "joined"] = option("auto", help="sum: Chinchilla's law; joined: Kaplan's, with "
+                                                                 "a constant; auto: what fits better")
     predict: tuple[str, ...] = option((), help="further runs to predict, PARAMSxTOKENS: 1e9x20e9")
     compute: tuple[float, ...] = option((), help="FLOPs for which to tell the best size [derived: 1, 10 and 100 times "
                                                  "the largest run's]")
@@ -165,13 +169,15 @@ def fit_table(options: Options) -> None:
 
 
 def fitted(rows: list[dict[str, Any]], options: Options) -> tuple[str, dict[str, Fit]]:
-    """(the way to count N, the law by each way there is)."""
+    """(the law that fits best, of those asked for; all laws, by the way to count N and the form)."""
     known = [name for name, column in COUNTS.items() if all(column in row for row in rows)]
     if options.count not in ("auto", *known):
         raise UserError(f"--count {options.count} needs the column {COUNTS[options.count]} in every line")
-    fits = {name: fit(runs_of(rows, COUNTS[name]), draws=options.draws, seed=options.seed) for name in known}
-    best = min(fits, key=lambda name: fits[name].objective)
-    return (best if options.count == "auto" else options.count), fits
+    fits = {f"{name}, {form}": fit(runs_of(rows, COUNTS[name]), joined=joined, draws=options.draws, seed=options.seed)
+            for name in known for form, joined in FORMS.items()}
+    asked = [f"{name}, {form}" for name in known for form in FORMS
+             if options.count in ("auto", name) and options.form in ("auto", form)]
+    return min(asked, key=lambda name: fits[name].objective), fits
 
 
 # ------------------------------------------------------------------------------------------------------------ the sweep
@@ -259,7 +265,8 @@ def conclude(rows: list[dict[str, Any]], last: list[list[Planned]], sweep: Sweep
 def summary(rows: list[dict[str, Any]], name: str, fits: dict[str, Fit], options: Options, *, unique: float | None,
             target: dict[str, Any] | None = None) -> dict[str, Any]:
     """All figures, as they are written to scaling.json."""
-    best, column = fits[name], COUNTS[name]
+    count, form = name.split(", ")
+    best, column = fits[name], COUNTS[count]
     law, level = best.law, options.level
 
     def with_interval(one: Fit, figure: Any) -> list[float]:
@@ -281,7 +288,7 @@ def summary(rows: list[dict[str, Any]], name: str, fits: dict[str, Fit], options
     slices = isoflop(runs_of(rows, column))
     size = guesses[0]["params"] if guesses else max(row[column] for row in rows)
     return {
-        "count": name, "level": level, "draws": options.draws, "laws": laws,
+        "law": name, "count": count, "form": form, "level": level, "draws": options.draws, "laws": laws,
         "runs": [row | {"fitted": float(law.loss(row[column], row["tokens"])), "n": row[column]} for row in rows],
         "optimal": optimal, "predictions": guesses,
         "isoflop": {"a": growth(slices), "slices": [vars(s) | {"by_law": float(law.optimal(s.flops)[0])}
@@ -318,8 +325,9 @@ def tell(facts: dict[str, Any]) -> None:
           ["run", "N", "tokens", "tokens per N", "loss", "by the law", "off"], [
         [str(row.get("run", i)), si(row["n"]), si(row["tokens"]), f"{row['tokens'] / row['n']:.3g}",
          f"{row['loss']:.4f}", f"{row['fitted']:.4f}", f"{row['fitted'] / row['loss'] - 1:+.2%}"] for i, row in shown])
-    table(f"L = E + A / N^alpha + B / D^beta, with {level} intervals",
-          ["", *(f"N is {name}" + " (chosen)" * (name == facts["count"] and len(laws) > 1) for name in laws),
+    table(f"laws of five numbers, with {level} intervals; by how N is counted, and whether its term and that of D are "
+          "summed (E + A / N^alpha + B / D^beta) or joined",
+          ["", *(name + " (chosen)" * (name == facts["law"]) for name in laws),
            "Chinchilla printed", "fitted anew"],
           [[key, *(span(one[key]) for one in laws.values()), *(f"{getattr(law, key):.4g}" for law in PUBLISHED)]
            for key in ("E", "A", "B", "alpha", "beta")]

@@ -16,11 +16,14 @@ from mindseed.base.log import si, units, warn
 from mindseed.plan.scaling import PER, Law
 
 GROWN = {"run", "flops", "bits_per_byte"}         # what runs of our own sweeps say, beside the three columns
+FORMULAS = {"sum": "E + A / N^alpha + B / D^beta",
+            "joined": "E + ((A / N^alpha)^(1/beta) + (B / D^beta)^(1/beta))^beta"}
 SHADES = (0.02, 0.85)                             # of the colour map, from the smallest size to the largest
 
 
 def law_of(facts: dict[str, Any]) -> Law:
-    return Law(**{key: facts["laws"][facts["count"]][key][0] for key in ("E", "A", "B", "alpha", "beta")})
+    return Law(**{key: facts["laws"][facts["law"]][key][0] for key in ("E", "A", "B", "alpha", "beta")},
+               joined=facts["form"] == "joined")
 
 
 def draw(facts: dict[str, Any], path: Path) -> Path | None:
@@ -67,13 +70,13 @@ def draw(facts: dict[str, Any], path: Path) -> Path | None:
 
 def page(facts: dict[str, Any], picture: str | None) -> str:
     """The section: the law, the prediction and what came of it, all runs, and what follows."""
-    level, law, count = f"{facts['level']:.0%}", facts["laws"][facts["count"]], facts["count"]
+    level, law, count = f"{facts['level']:.0%}", facts["laws"][facts["law"]], facts["count"]
     runs, grown = facts["runs"], all(GROWN <= set(run) for run in facts["runs"])
     spent = f", {units(sum(run['flops'] for run in runs), 'FLOP')}" if grown else ""
-    lines = [f"{len(runs)} runs of {len({run['n'] for run in runs})} sizes{spent}. The law that fits them, N counting "
-             f"{words(count)} ({level} intervals by bootstrap over runs):", ""]
-    lines += ["    L(N, D) = E + A / N^alpha + B / D^beta", ""]
-    lines += rows(["N counts", "E", "A", "B", "alpha", "beta", "a of N* ~ C^a", "error of a run"], [
+    lines = [f"{len(runs)} runs of {len({run['n'] for run in runs})} sizes{spent}. The law that fits them best, N "
+             f"counting {words(count)} ({level} intervals by bootstrap over runs; all of them have five numbers):", ""]
+    lines += [f"    L(N, D) = {FORMULAS[facts['form']]}", ""]
+    lines += rows(["N counts, the terms are", "E", "A", "B", "alpha", "beta", "a of N* ~ C^a", "error of a run"], [
         [name, *(span(one[key]) for key in ("E", "A", "B", "alpha", "beta", "a")), f"{one['error']:.2%}"]
         for name, one in facts["laws"].items()])
     if done := [guess for guess in facts["predictions"] if "measured" in guess]:
