@@ -70,9 +70,11 @@ ON_FOUR = [*(("mixed", options) for options in (
 LABELLED = {2: [(model, options) for models, options in ON_TWO for model in models], 4: ON_FOUR}
 
 
-def case_of(model: str, options: dict[str, Any]) -> Case:
+def case_of(model: str, options: dict[str, Any], ranks: int) -> Case:
+    """Two ranks accumulate, four do not."""
     mesh = {name: value for name, value in options.items() if name != "optim"}
-    return Case(config=MODELS[model], options=ParallelOptions(**mesh), optim=OPTIM[options.get("optim", "adamw")])
+    return Case(config=MODELS[model], options=ParallelOptions(**mesh), optim=OPTIM[options.get("optim", "adamw")],
+                accumulate=2 if ranks == 2 else 1)
 
 
 HALF = [{}, {"zero": 2}, {"zero": 3}, {"tensor": 2}, {"context": 2}, {"expert": 2}]
@@ -86,7 +88,7 @@ def half(options: dict[str, Any]) -> Case:
 
 def all_of(rank: int, ranks: int) -> dict[str, list[Any]]:
     """Everything that so many ranks are asked in this file."""
-    found: dict[str, list[Any]] = {"same": [trained(case_of(*labelled)) for labelled in LABELLED[ranks]]}
+    found: dict[str, list[Any]] = {"same": [trained(case_of(*labelled, ranks)) for labelled in LABELLED[ranks]]}
     if ranks == 2:
         found |= {"half": [trained(half(options)) for options in HALF], "judged": [judged({"expert": 2})],
                   "drawn": [drawn_on(options) for options in LAYOUTS], "spoilt": [spoilt()]}

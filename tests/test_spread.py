@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mindseed.base import dist
 from mindseed.base.mesh import ParallelOptions
@@ -26,7 +27,11 @@ CONFIG = lm((GQA, SWIGLU), (MLA, MOE), (WINDOW, MOE), tied=False)
 BEFORE, AFTER = 2, 2                              # steps until the checkpoint, and after it
 WRITERS = {"zero 3": (4, {"zero": 3}), "tensor x data": (4, {"tensor": 2}), "one process": (1, {}),
            "pipe x zero": (4, {"pipe": 2, "zero": 2, "microbatches": 2})}
-READERS = {1: [{}], 2: [{}, {"zero": 3}, {"tensor": 2}], 4: [{"zero": 2}, {"tensor": 2, "zero": 1}, {"expert": 4}]}
+READERS = {1: [(name, {}) for name in WRITERS],             # by the number of ranks: whose checkpoint, on which mesh
+           2: [("zero 3", {}), ("zero 3", {"tensor": 2}), ("tensor x data", {"zero": 3}), ("tensor x data", {}),
+               ("one process", {"zero": 3}), ("pipe x zero", {"tensor": 2})],
+           4: [("zero 3", {"tensor": 2, "zero": 1}), ("tensor x data", {"zero": 2}), ("one process", {"tensor": 2}),
+               ("pipe x zero", {"expert": 4})]}
 FOLDER = os.environ.get("MINDSEED_TEST_SPREAD", "")         # of the checkpoints, for the ranks
 
 
@@ -62,18 +67,21 @@ def write(rank: int, ranks: int) -> dict[str, list[float]]:
 
 
 def read(rank: int, ranks: int) -> dict[tuple[str, int], Any]:
-    """Go on from every checkpoint on every mesh of so many ranks."""
+    """Go on from checkpoints on meshes of so many ranks."""
     found = {}
-    for name in WRITERS:
-        for i, options in enumerate(READERS[ranks]):
-            run, ema = started(options)
-            kept = checkpoints(Path(FOLDER) / name)
-            dist.barrier()
-            restore(run, ema, kept.newest()[1])
-            average = sum(dist.local(x).double().abs().sum().item() for x in ema.average.values())
-            found[name, i] = run.step, run.source.state_dict(), [train_step(run)["loss"] for _ in range(AFTER)], average
-            dist.share(None)
+    for i, (name, options) in enumerate(READERS[ranks]):
+        run, ema = started(options)
+        kept = checkpoints(Path(FOLDER) / name)
+        dist.barrier()
+        restore(run, ema, kept.newest()[1])
+        average = sum(whole(x).double().abs().sum().item() for x in ema.average.values())
+        found[name, i] = run.step, run.source.state_dict(), [train_step(run)["loss"] for _ in range(AFTER)], average
+        dist.share(None)
     return found
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +114,13 @@ def told(found: list[Any]) -> Any:
 @pytest.mark.parametrize("ranks", READERS)
 def test_a_checkpoint_goes_on_on_any_mesh(ranks, written):
     found = read(0, 1) if ranks == 1 else told(on_ranks(with_folder(read), ranks, timeout=600))
-    assert len(found) == len(WRITERS) * len(READERS[ranks])
-    averages = {}
+    assert len(found) == len(READERS[ranks])
+    averages = set()
     for (name, i), (step, source, losses, average) in found.items():
         assert step == BEFORE and source == {"drawn": BEFORE}, (name, i)
         assert losses == pytest.approx(written[name], rel=1e-9), (name, READERS[ranks][i])
-        averages.setdefault(i, set()).add(round(average, 6))
-    assert all(len(one) == 1 for one in averages.values())     # the moving averages, too, of whoever wrote them
+        averages.add(round(average, 6))
+    assert len(averages) == 1                     # the moving averages, too, of whoever wrote them, on whatever mesh
 
 
 def test_a_checkpoint_holds_no_pickle_but_small_things(written):
@@ -167,7 +175,7 @@ def newest_step(folder: Path) -> int:
 def test_kills_while_saving_lose_nothing(tmp_path):
     """The sum of all lives is one undisturbed run, and what was once a checkpoint is never lost."""
     dice, kills = random.Random(int(os.environ.get("MINDSEED_TEST_SEED", 0))), int(
-        os.environ.get("MINDSEED_TEST_KILLS", 4))
+        os.environ.get("MINDSEED_TEST_KILLS", 3))
     run, _ = prepare(replace(case_of({})))
     wanted = [train_step(run)["loss"] for _ in range(STEPS)]
     for _ in range(kills):
