@@ -21,6 +21,7 @@ from mindseed.nn.alibi import AlibiConfig
 from mindseed.nn.gqa import GQAConfig
 from mindseed.nn.linear_attention import DeltaConfig
 from mindseed.nn.moe import MoEConfig
+from mindseed.recipes import launch
 from mindseed.recipes.launch import check_mesh, run_problems
 from mindseed.recipes.options import TrainOptions
 from tests import spawn
@@ -96,6 +97,19 @@ def test_what_a_run_cannot(changes, says):
     assert any(re.search(says, line) for line in run_problems(replace(options, **given)))
 
 
+def test_what_is_offloaded_needs_room(monkeypatch):
+    monkeypatch.setattr(launch, "total_memory", lambda device: 30e9)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    shape = replace(TrainOptions().model, layers=24, dim=2048, heads=16, kv_heads=16, head_dim=128, ffn_dim=5632)
+    options = replace(TrainOptions(), model=shape, parallel=ParallelOptions(zero=3, offload=True))
+    with pytest.raises(UserError, match=r"this machine's 4 rank\(s\) have 30.0 GB together") as error:
+        launch.check_mesh(replace(options, model=replace(shape, layers=100)))
+    assert "spread them over more machines" in str(error.value)
+    launch.check_mesh(options)                    # a quarter of that fits
+
+
 def test_nobody_waits_for_a_mesh_that_cannot_work(monkeypatch):
     """One rank of four, started alone: it would wait for the others if it got as far as that."""
     monkeypatch.setenv("RANK", "0")
@@ -122,7 +136,6 @@ def test_ranks_that_mean_different_runs_are_told_apart():
 
 
 STOPS = """import sys, torch
-from mindseed import cli
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.train.loop import Fit, fit

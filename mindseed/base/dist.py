@@ -62,6 +62,11 @@ def parts() -> int:
     return SHARE[0].parts if SHARE else world_size()
 
 
+def local_ranks() -> int:
+    """How many processes of this run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+
+
 def is_main() -> bool:
     return rank() == 0
 

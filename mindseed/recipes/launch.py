@@ -20,7 +20,8 @@ from mindseed.base import config as base_config
 from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import read_json
-from mindseed.base.hardware import fast_bfloat16
+from mindseed.base.hardware import fast_bfloat16, total_memory
+from mindseed.base.log import bytes_text
 from mindseed.base.mesh import ParallelOptions
 from mindseed.core import Objective
 from mindseed.interop.directory import config_of
@@ -28,6 +29,7 @@ from mindseed.models.config import LMConfig
 from mindseed.models.splitting import splitting_problems
 from mindseed.parallel.mesh import Mesh
 from mindseed.plan.job import Job
+from mindseed.plan.memory import memory_of
 from mindseed.plan.pipeline import bubble_share
 from mindseed.recipes.options import TrainOptions
 from mindseed.recipes.rl_options import RLOptions
@@ -46,8 +48,22 @@ def check_mesh(options: TrainOptions | RLOptions) -> None:
         data = options.data
         problems += splitting_problems(config, mesh, seq_len=getattr(data, "seq_len", None),
                                        micro_batch=options.loop.micro_batch)
+        problems += [] if mesh.problems(world) else memory_problems(options, config, world)
     if problems:
         raise UserError("this run cannot be shared out so:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def memory_problems(options: TrainOptions | RLOptions, config: LMConfig, world: int) -> list[str]:
+    """What is offloaded must have room in the memory of the machine."""
+    if not options.parallel.offload:
+        return []
+    job = Job(rows=options.parallel.pieces, seq_len=config.seq_len, world=world, parallel=options.parallel,
+              optimizer=options.optim.kind, lora_rank=options.lora.rank)
+    ranks, one, have = dist.local_ranks(), memory_of(config, job).host, total_memory("cpu")
+    if ranks * one <= have:
+        return []
+    return [f"parallel.offload puts {bytes_text(one)} of every rank into the CPU's memory, and this machine's {ranks} "
+            f"rank(s) have {bytes_text(have)} together; spread them over more machines, or take a smaller model"]
 
 
 def run_problems(options: TrainOptions | RLOptions) -> list[str]:

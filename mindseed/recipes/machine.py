@@ -63,6 +63,7 @@ def multiply_in(model: LM, precision: str) -> None:
 
 def warn_if_too_big(need: int, device: torch.device) -> None:
     """Say before the first step what the system would say in the middle of the run."""
+    need *= dist.local_ranks() if device.type == "cpu" else 1                     # which share its memory
     if device.type in ("cpu", "cuda") and need > total_memory(device):
         warn(f"this needs {bytes_text(need)}, {device} has {bytes_text(total_memory(device))}; lower "
              "loop.micro_batch or give --loop.recompute")
