@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")     # at once, for several ranks may be writing
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -62,6 +62,11 @@ def parts() -> int:
     return SHARE[0].parts if SHARE else world_size()
 
 
+def ranks_started() -> int:
+    """How many processes this run has, before they have met."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
 def local_ranks() -> int:
     """How many processes of this run are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
@@ -147,7 +152,8 @@ def agree(**facts: str) -> None:
                              f"{', ...' * (len(ranks) > 8)}: {value}" for value, ranks in groups.items())
             lines.append(f"  {name.replace('_', ' ')}: {told}")
     if lines:
-        raise UserError("the ranks of this run do not agree, so they would not train one model:\n" + "\n".join(lines))
+        raise UserError("the ranks of this run do not agree, so they would not train one model:\n" + "\n".join(lines)
+                        + "\nGive every rank the same command, code and data")
 
 
 def barrier() -> None:

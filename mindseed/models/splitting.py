@@ -18,10 +18,14 @@ from mindseed.nn.moe import MoEConfig
 def splitting_problems(config: LMConfig, options: ParallelOptions, *, seq_len: int | None = None,
                        micro_batch: int | None = None) -> list[str]:
     """A line for everything in the model, its rows or its batches that does not go with the mesh."""
-    layers = [(f"layer {i}", layer) for i, layer in enumerate(config.layers)]
-    layers += [(f"prediction module {i}", layer) for i, layer in enumerate(config.mtp)]
-    found = [line for name, layer in layers for line in layer_problems(name, layer, options)]
-    if options.expert > 1 and not any(isinstance(layer.ffn, MoEConfig) for _, layer in layers):
+    found = []
+    for name, layers in (("layer", config.layers), ("prediction module", config.mtp)):
+        places: dict[str, list[int]] = {}
+        for i, layer in enumerate(layers):
+            for line in layer_problems(layer, options):
+                places.setdefault(line, []).append(i)
+        found += [f"{name}{'s' * (len(numbers) > 1)} {spans(numbers)}: {line}" for line, numbers in places.items()]
+    if options.expert > 1 and not any(isinstance(layer.ffn, MoEConfig) for layer in (*config.layers, *config.mtp)):
         found.append(f"parallel.expert={options.expert}: this model has no experts")
     seq_len, tensor = seq_len or config.seq_len, options.tensor
     if config.vocab_size % tensor:
@@ -39,6 +43,17 @@ def splitting_problems(config: LMConfig, options: ParallelOptions, *, seq_len: i
         if sizes > 1 and config.mtp:
             found.append(f"parallel.{axis} and multi-token prediction: its modules read tokens that other ranks hold")
     return list(dict.fromkeys(found))
+
+
+def spans(numbers: list[int]) -> str:
+    """0 to 3, 5 and so on, the first few of them."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1][1:] = [n]
+        else:
+            runs.append([n])
+    return ", ".join(" to ".join(map(str, run)) for run in runs[:4]) + ", ..." * (len(runs) > 4)
 
 
 def pipe_problems(config: LMConfig, options: ParallelOptions, micro_batch: int | None) -> list[str]:
@@ -63,27 +78,27 @@ def pipe_problems(config: LMConfig, options: ParallelOptions, micro_batch: int |
     return found
 
 
-def layer_problems(name: str, layer: LayerConfig, options: ParallelOptions) -> list[str]:
+def layer_problems(layer: LayerConfig, options: ParallelOptions) -> list[str]:
     found, mixer, ffn, tensor = [], layer.mixer, layer.ffn, options.tensor
     if isinstance(mixer, DeltaConfig):
-        found += [f"{name}: linear attention cannot be split over parallel.{axis}" for axis in ("tensor", "context")
+        found += [f"linear attention cannot be split over parallel.{axis}" for axis in ("tensor", "context")
                   if getattr(options, axis) > 1]
     else:
         for what in ("heads", "kv_heads"):
             if getattr(mixer, what, tensor) % tensor:
-                found.append(f"{name}: {what}={getattr(mixer, what)} is no multiple of parallel.tensor={tensor}")
+                found.append(f"{what}={getattr(mixer, what)} is no multiple of parallel.tensor={tensor}")
     if isinstance(mixer, GQAConfig) and isinstance(mixer.positions, AlibiConfig):
-        found += [f"{name}: ALiBi's slopes cannot be split over parallel.{axis}" for axis in ("tensor", "context")
+        found += [f"ALiBi's slopes cannot be split over parallel.{axis}" for axis in ("tensor", "context")
                   if getattr(options, axis) > 1]
     if isinstance(ffn, MoEConfig):
         if ffn.experts % options.expert:
-            found.append(f"{name}: experts={ffn.experts} is no multiple of parallel.expert={options.expert}")
+            found.append(f"experts={ffn.experts} is no multiple of parallel.expert={options.expert}")
         for what in ("expert_dim", "shared_dim"):
             if getattr(ffn, what) % tensor:
-                found.append(f"{name}: {what}={getattr(ffn, what)} is no multiple of parallel.tensor={tensor}")
+                found.append(f"{what}={getattr(ffn, what)} is no multiple of parallel.tensor={tensor}")
         if ffn.sequence_weight and options.context > 1:
-            found.append(f"{name}: the balance within every row (sequence_weight) needs whole rows, which "
+            found.append(f"the balance within every row (sequence_weight) needs whole rows, which "
                          "parallel.context cuts")
     elif ffn.ffn_dim % tensor:
-        found.append(f"{name}: ffn_dim={ffn.ffn_dim} is no multiple of parallel.tensor={tensor}")
+        found.append(f"ffn_dim={ffn.ffn_dim} is no multiple of parallel.tensor={tensor}")
     return found

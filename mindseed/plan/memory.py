@@ -390,5 +390,5 @@ def nf4_bytes(entries: int) -> int:
 
 
 def token_ratio(params: Params, tokens: float) -> float:
-    """Training tokens per parameter; about 20 is compute-optimal (Chinchilla, 2203.15556)."""
-    return tokens / params.total
+    """Training tokens per parameter that a token meets; about 20 is compute-optimal (Chinchilla, 2203.15556)."""
+    return tokens / params.active

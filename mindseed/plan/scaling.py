@@ -34,6 +34,7 @@ from mindseed.base.errors import UserError
 
 DELTA = 1e-3                                      # of the Huber loss, in log L
 FEWEST = 6                                        # runs: one more than there are numbers to find
+EXPONENTS = np.log(1e-3), np.log(5.0)             # between which alpha and beta are looked for
 PER = 6.0                                         # FLOPs per parameter and token
 REPEATED_DATA, REPEATED_PARAMS = 15.39, 5.31      # R*_D and R*_N of 2305.16264
 
@@ -160,7 +161,12 @@ class Fit:
 
     def interval(self, figure: Callable[[Law], Any], level: float = 0.95) -> tuple[float, float]:
         """In which a figure of the law lies, by the share `level` of the tables drawn."""
-        low, high = np.quantile(figure(self.drawn), [(1 - level) / 2, (1 + level) / 2])
+        with np.errstate(all="ignore"):
+            values = np.atleast_1d(figure(self.drawn))
+        known = values[np.isfinite(values)]
+        if len(known) < 0.9 * len(values):                    # the runs do not determine it
+            return np.nan, np.nan
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
     def predict(self, params: float, tokens: float, *, level: float = 0.95) -> Prediction:
@@ -276,6 +282,7 @@ def descend(table: Centred, theta: np.ndarray, counts: np.ndarray, *, deltas: tu
             downhill = -(weighted * r[..., None]).sum(1)
             step = np.linalg.solve(matrix + ridge[:, None] * np.eye(5), downhill[..., None])[..., 0]
             tried = here + np.clip(step, -2, 2)
+            tried[:, 3:] = np.clip(tried[:, 3:], *EXPONENTS)
             tried_r, tried_slopes = table.residuals(tried)
             reached = (count * huber(tried_r, delta)).sum(-1)
             better = reached < value

@@ -162,6 +162,8 @@ def nearest(config: LMConfig, job: Job, room: float) -> Job | None:
     if job.sizes.data > 1:
         for zero in range(parallel.zero + 1, 4):
             sharing = replace(parallel, zero=zero)
+            if parallel.expert > 1 and sharing.problems(job.world):               # slices over as many as have experts
+                sharing = replace(sharing, replicas=max(1, job.sizes.parts // parallel.expert))
             tries += [replace(job, parallel=sharing), replace(job, parallel=sharing, recompute=True)]
             tries.append(replace(job, parallel=sharing, rows=1, accumulate=job.accumulate * job.rows, recompute=True))
     for zero in sorted({max(1, parallel.zero), 3}):

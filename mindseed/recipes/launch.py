@@ -39,8 +39,7 @@ from mindseed.train.native import NativeBackend
 
 def check_mesh(options: TrainOptions | RLOptions) -> None:
     """Raise UserError with every reason why this run cannot be shared out as asked."""
-    world = int(os.environ.get("WORLD_SIZE", 1)) if dist.launched() else 1
-    mesh = options.parallel
+    world, mesh = dist.ranks_started(), options.parallel
     if mesh == ParallelOptions() and world == 1:
         return
     problems = mesh.problems(world) + run_problems(options)
@@ -125,7 +124,8 @@ def job_of(options: TrainOptions, device: torch.device | None, *, rows: int, wor
 def shared_out(options: ParallelOptions, world: int, micro_batch: int) -> str:
     """The mesh in words, with what a pipeline costs."""
     sizes = options.sizes(world)
-    said = sizes.describe() + f", ZeRO-{options.zero}" * (options.zero > 0)
+    said = sizes.describe() + f", ZeRO-{options.zero}" * (options.zero > 0) + ", offloaded" * options.offload
+    said += ", by DeepSpeed" * (options.backend == "deepspeed")
     if sizes.pipe == 1:
         return said
     pieces = options.pieces
@@ -171,8 +171,13 @@ def code_hash() -> str:
 
 def check_ranks(options: Any) -> None:
     """Compare what the ranks were started with; a collective call, the first of a run."""
-    dist.agree(code=code_hash(), mindseed=mindseed.__version__, torch=torch.__version__,
-               options=short_hash(base_config.to_dict(options)))
+    mine, facts = base_config.to_dict(options), {}
+    if len({*dist.gather(short_hash(mine))}) > 1:            # name those that differ
+        every = dist.gather(mine)
+        names = {name for other in every for name in base_config.diff(every[0], other)}
+        flat = base_config.flatten(mine)
+        facts = {name: str(flat.get(name)) for name in sorted(names)}
+    dist.agree(code=code_hash(), mindseed=mindseed.__version__, torch=torch.__version__, **facts)
 
 
 def short_hash(value: Any) -> str:

@@ -76,6 +76,8 @@ class Options(TrainOptions):
         for name in ("network", "tokens"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if self.tokens is not None and self.tokens > 1e18:
+            raise ValueError(f"tokens={self.tokens:g} is more than any run can take")
         if self.price is not None and self.price < 0:
             raise ValueError(f"price={self.price} must not be negative")
 
@@ -244,7 +246,8 @@ def warn_of_memory(config: LMConfig, job: Job, board: Machine, device: torch.dev
     if need <= ROOM * board.memory:
         return None
     better = nearest(config, job, ROOM * board.memory)
-    remedy = plan_tables.changes(job, better) if better else "no setting on so few devices: take more of them (--gpus)"
+    remedy = plan_tables.changes(job, better) if better else ("none of the settings near to it: --search tries every "
+                                                              "mesh, and --gpus takes more devices")
     warn(f"this needs {bytes_text(need)}, and a {board.name} has {bytes_text(board.memory)}, of which {ROOM:.0%} are "
          f"to be had; what fits is {remedy}")
 

@@ -28,6 +28,7 @@ def draw(config: LMConfig, plans: list[Plan], board: Machine, path: Path) -> Non
     figure, sides = pyplot.subplots(1, 2, figsize=(13, 2.6 + 0.5 * len(plans)), sharey=True)
     names = [describe_plan(plan.job) for plan in plans]
     stack(sides[0], names, [{k: v / 1e9 for k, v in plan.memory.parts.items()} for plan in plans], MEMORY_ROWS)
+    sides[0].set_xlim(0, 1.06 * max(ROOM * board.memory, *(plan.memory.total for plan in plans)) / 1e9)
     sides[0].axvline(ROOM * board.memory / 1e9, color="#e03131", linestyle="--", linewidth=1)
     sides[0].set_xlabel(f"GB of a device at its worst moment; dashed: {ROOM:.0%} of {board.name}'s memory")
     stack(sides[1], names, [plan.time.kinds for plan in plans], TIME_ROWS)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindseed.base.log import YEAR_S, bytes_text, duration, say, si, table, units, warn
+from mindseed.base.log import YEAR_S, bytes_text, console, duration, say, si, table, units, warn
 from mindseed.models.config import LMConfig
 from mindseed.models.describe import describe
 from mindseed.plan.flops import Flops
@@ -22,6 +22,7 @@ MEMORY_ROWS = {"weights": "weights", "gradients": "gradients", "optimizer": "opt
 TIME_ROWS = {"products": "matrix products", "attention": "attention", "memory": "norms, rotations, activations, sums",
              "head": "head and loss", "computed again": "computed again", "launching": "waiting for launches",
              "waiting": "waiting for other ranks", "bubble": "bubble of the pipeline", "update": "optimiser"}
+WIDE = 115                                        # columns of a terminal for all that is known of a plan
 RECOMPUTE = {False: "false", "selective": "selective", True: "true"}
 
 
@@ -87,7 +88,8 @@ def show_run(options: Any, params: Params, flops: Flops, job: Job, board: Machin
         ["steps", f"{loop.steps:,}"],
         ["tokens per step", f"{loop.batch * seq_len:,} ({loop.batch} rows of {seq_len})"],
         ["tokens", si(tokens)],
-        ["tokens per parameter", f"{token_ratio(params, tokens):.1f} (compute-optimal: 20)"],
+        ["tokens per active parameter" if params.active != params.total else "tokens per parameter",
+         f"{token_ratio(params, tokens):.1f} (compute-optimal: 20)"],
         ["learning rate", f"{options.optim.lr:g}"],
         ["arithmetic", f"{tokens * flops.model:.2e} FLOP"],
         ["device", f"{job.world} x {board.name}, {units(board.peaks[kind], 'FLOP/s')} in {kind} ({board.source})"],
@@ -140,10 +142,16 @@ def show_found(found: Found, board: Machine, rows: int, steps: int, price: float
                       f"{job.rows // job.pieces}", RECOMPUTE[job.recompute], bytes_text(plan.memory.total),
                       *(f"{time.kinds.get(kind, 0) / time.total:.0%}" for kind in ("waiting", "bubble")),
                       f"{si(time.tokens_per_s / job.world)}", f"{time.mfu:.1%}", duration(3600 * hours), cost])
+    names = ["", "mesh", "zero", "pipeline", "rows at a time", "recompute", "memory", "waiting", "bubble",
+             "tok/s a device", "mfu", "time", "cost"]
+    if console.width < WIDE:                      # the mesh in words, and what decides
+        kept = [names.index(name) for name in ("", "memory", "tok/s a device", "mfu", "time")]
+        shown = [[row[kept[0]], describe_plan(plan.job), *(row[i] for i in kept[1:])]
+                 for row, plan in zip(shown, found.plans)]
+        names = ["", "mesh", "memory", "tok/s a device", "mfu", "time"]
     world = options.gpus or 1
     table(f"the best of {found.tried:,} plans for {world:,} x {board.name}, {rows} rows of {seq_len} a step, {steps:,} "
-          "steps", ["", "mesh", "zero", "pipeline", "rows at a time", "recompute", "memory", "waiting", "bubble",
-                    "tok/s a device", "mfu", "time", "cost"], shown)
+          "steps", names, shown)
     if not found.tried:
         warn(f"no mesh suits the model and {rows} rows a step, so none was tried")
     elif not found.plans:

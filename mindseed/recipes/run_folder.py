@@ -32,7 +32,7 @@ from mindseed.base import dist
 from mindseed.base.errors import UserError
 from mindseed.base.files import locked, make_folder, read_json, write_json, write_text
 from mindseed.base.hardware import describe_machine
-from mindseed.base.log import open_sinks, read_jsonl, say
+from mindseed.base.log import open_sinks, read_jsonl, say, warn
 from mindseed.optim.schedule import learning_rate
 from mindseed.recipes.launch import check_mesh
 from mindseed.recipes.machine import choose_device
@@ -49,7 +49,13 @@ def options_of_run(options: AnyOptions) -> dict[str, Any] | None:
     folder = Path(options.out)
     if options.resume == "never" or not (folder / "config.toml").exists():
         return None
-    given = base_config.to_dict(given_to(folder, type(options))) | {"out": options.out}
+    then = given_to(folder, type(options))
+    given = base_config.to_dict(then) | {"out": options.out}
+    if problems := then.parallel.problems(world := dist.ranks_started()):
+        given.pop("parallel")                     # a run goes on on any mesh
+        if int(os.environ.get("RANK", 0)) == 0:
+            warn(f"the mesh that {folder} was given does not suit {world} rank(s) ({problems[0]}), so it goes on without; "
+                 "parallel.* ask for another")
     loop, usual = options.loop, TrainOptions().loop
     if isinstance(options, TrainOptions) and (any(getattr(loop, name) is not None for name in LONG)
                                               or loop.tokens_per_param != usual.tokens_per_param):

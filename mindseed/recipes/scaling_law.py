@@ -13,11 +13,12 @@ command a broken sweep goes on. The folder holds runs.jsonl (a line each, which 
 intervals, predictions), scaling.md and, with matplotlib, scaling.png.
 
 Runs of one size share a trunk at the full learning rate and branch off to decay (`--no-trunk`: each for itself, with a
-batch and a rate of its own). N counts all parameters, or those outside the embedding as Kaplan counted, whichever the
+rate of its own). N counts all parameters, or those outside the embedding as Kaplan counted, whichever the
 table fits better: among tiny models, which are half embedding, that decides the exponents (2406.12907).
 """
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ COUNTS = {"total": "params", "non-embedding": "non_embedding"}           # ways 
 PASSES = (1, 2, 4, 8, 16, 40)
 FITTING = ("fit", "out", "count", "form", "predict", "compute", "unique", "draws", "level", "seed")
 PUBLISHED = (CHINCHILLA, REPLICATED)
+STRAY = 0.03                                      # of the loss: runs further from their law follow none
 MANY = 40                                         # runs shown in a table
 
 
@@ -54,12 +56,13 @@ class Options:
     out: str | None = option(None, help="folder of the sweep, which goes on where it stopped [derived: runs/scaling; "
                                         "with --fit nothing is written]")
     sizes: tuple[str, ...] = option(("2x32", "2x64", "2x96", "3x96", "3x128"),
-                                    help="models: LAYERSxWIDTH, or a depth of the dial; five or more")
+                                    help="models: LAYERSxWIDTH, the width a multiple of 32, or a depth of the dial; "
+                                         "five or more")
     tokens: tuple[float, ...] = option((5e5, 1e6, 2e6, 4e6), help="budgets of each size; three or more")
     target: str | None = option("4x160", help="the larger model that is predicted, then trained; none: only the sweep")
     target_tokens: float = option(6e6, help="its budget")
     trunk: bool = option(True, help="budgets of a size share a run and branch off to decay: the same as apart, at one "
-                                    "batch and rate, in two thirds of the time")
+                                    "rate, in two thirds of the time")
     count: Literal["auto", "total", "non-embedding"] = option("auto", help="what N counts; auto: what fits better")
     form: Literal["auto", "sum", "joined"] = option("auto", help="sum: Chinchilla's law; joined: Kaplan's, with "
                                                                  "a constant; auto: what fits better")
@@ -70,7 +73,8 @@ class Options:
                                              "[derived: those of data.train]")
     draws: int = option(1000, help="tables drawn from the runs, for the intervals")
     level: float = option(0.95, help="share of the draws inside an interval")
-    batch: int | None = option(None, help="rows of a step [derived: from the arithmetic of each size]")
+    batch: int = option(2, help="rows of a step, for all sizes: few, since a large batch wastes the tokens of a "
+                                       "short run, and the law takes that for its nature")
     micro_batch: int | None = option(None, help="rows of a forward pass, of which a batch is a multiple [derived: up "
                                                 "to 4096 tokens]")
     validate_documents: int = option(200, help="held-out documents on which every run is measured")
@@ -269,8 +273,8 @@ def summary(rows: list[dict[str, Any]], name: str, fits: dict[str, Fit], options
     best, column = fits[name], COUNTS[count]
     law, level = best.law, options.level
 
-    def with_interval(one: Fit, figure: Any) -> list[float]:
-        return [float(figure(one.law)), *one.interval(figure, level)]
+    def with_interval(one: Fit, figure: Any) -> list[float | None]:
+        return [known(float(x)) for x in (figure(one.law), *one.interval(figure, level))]
 
     laws = {key: {field: with_interval(one, lambda law, field=field: getattr(law, field))
                   for field in ("E", "A", "B", "alpha", "beta")}
@@ -299,12 +303,17 @@ def summary(rows: list[dict[str, Any]], name: str, fits: dict[str, Fit], options
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
+def known(x: float) -> float | None:
+    """None where the runs do not determine a figure."""
+    return x if math.isfinite(x) else None
+
+
 def guess(best: Fit, name: str, params: float, tokens: float, level: float,
           measured: dict[str, Any] | None = None) -> dict[str, Any]:
     """A prediction, beside what was measured if it was."""
     tokens = measured["tokens"] if measured else tokens
     said = best.predict(params, tokens, level=level)
-    return {"name": name, "params": params, "tokens": tokens, **vars(said)} | (
+    return {"name": name, "params": params, "tokens": tokens} | {k: known(v) for k, v in vars(said).items()} | (
         {"measured": measured["loss"], "bits_per_byte": measured["bits_per_byte"], "error":
          said.loss / measured["loss"] - 1, "row": measured} if measured else {})
 
@@ -318,6 +327,9 @@ def write(facts: dict[str, Any], out: Path) -> None:
 def tell(facts: dict[str, Any]) -> None:
     """The tables on the terminal."""
     level, laws = f"{facts['level']:.0%}", facts["laws"]
+    if (error := laws[facts["law"]]["error"]) > STRAY:
+        warn(f"the runs follow no power law ({error:.0%} off it): they are too short, or too much alike, for one to show; "
+             "take larger budgets and sizes further apart before anything is foretold from it")
     shown = enumerate(facts["runs"], 1)
     if many := len(facts["runs"]) > MANY:
         shown = sorted(shown, key=lambda one: abs(one[1]["fitted"] / one[1]["loss"] - 1), reverse=True)[:MANY]

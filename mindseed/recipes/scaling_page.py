@@ -52,8 +52,9 @@ def draw(facts: dict[str, Any], path: Path) -> Path | None:
     axes.plot(spent, law.loss(*law.optimal(spent)), "--", color="black", linewidth=1.2, label="best size for each C")
     for i, guess in enumerate(guesses):
         at = PER * guess["params"] * guess["tokens"]
-        axes.errorbar(at, (guess["low"] + guess["high"]) / 2, (guess["high"] - guess["low"]) / 2, fmt="none",
-                      color="firebrick", capsize=4)
+        if None not in (guess["low"], guess["high"]):
+            axes.errorbar(at, (guess["low"] + guess["high"]) / 2, (guess["high"] - guess["low"]) / 2, fmt="none",
+                          color="firebrick", capsize=4)
         axes.plot(at, guess["loss"], "D", color="firebrick", markerfacecolor="white", markersize=6,
                   label=f"predicted, N = {si(float(guess['params']))}" if i < 3 else None)
         if "measured" in guess:
@@ -112,8 +113,12 @@ def words(count: str) -> str:
 
 
 def span(values: list[float], text: Any = lambda x: f"{x:.4g}") -> str:
-    value, low, high = map(text, map(float, values))
-    return f"{value} ({low} to {high})"
+    value, *ends = values
+    if value is None or not np.isfinite(value):
+        return "not determined"
+    if None in ends or not np.isfinite(ends).all():
+        return f"{text(float(value))} (not determined)"
+    return "{} ({} to {})".format(*map(text, map(float, values)))
 
 
 def rows(header: list[str], body: list[list[str]]) -> list[str]:

@@ -121,7 +121,8 @@ def problems(lines: list[list[Planned]], schedule: ScheduleConfig) -> list[str]:
     for line in lines:
         short = [p for p in line if len(line) > 1 and p.steps < 2 * schedule.warmup_steps]
         found += [f"{p.name} has {p.steps} steps, fewer than twice schedule.warmup_steps={schedule.warmup_steps}, so "
-                  "it cannot share the warm-up of longer ones; give more tokens, or a smaller batch" for p in short]
+                  "it cannot share the warm-up of longer ones; give more tokens, a smaller batch, or fewer "
+                  "schedule.warmup_steps" for p in short]
         steps = [p.steps for p in line]
         if len(set(steps)) < len(steps):
             found.append(f"budgets of {line[0].size} take the same number of steps; take budgets further apart")

@@ -361,7 +361,7 @@ def announce(options: TrainOptions, model: LM, data: Data, groups: list[tuple[st
     if passes > 10:
         warn(f"every document will be seen {passes:.0f} times; more text, or fewer steps (loop.steps, loop.minutes, "
              "loop.epochs), would serve the model better")
-    if dist.world_size() > 1 and options.parallel.backend == "native":
+    if dist.world_size() > 1 or not options.parallel.plain:
         say(f"ranks      {shared_out(options.parallel, dist.world_size(), loop.micro_batch)}")
     say(f"rate       {options.optim.lr:g} ({options.schedule.kind}, {options.schedule.warmup_steps} steps of warm-up), "
         f"{loop.precision} on {device}")
