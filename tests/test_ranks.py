@@ -184,6 +184,22 @@ def test_an_error_of_one_rank_ends_all_and_is_told(tmp_path):
     assert "goes on from" in said[1] and "step-00000002" in said[1]
 
 
+def started_with(rank: int, ranks: int) -> str:
+    options = TrainOptions()
+    options = replace(options, loop=replace(options.loop, steps=6 + 2 * rank))
+    try:
+        launch.check_ranks(options)
+    except UserError as error:
+        return str(error)
+    return "all agree"
+
+
+def test_options_that_differ_are_named():
+    for text in on_ranks(started_with):
+        assert "loop.steps: rank 0: 6; rank 1: 8" in text and "Give every rank the same command" in text
+        assert text.count("rank 0:") == 1
+
+
 LONG = """import sys, time, torch
 from mindseed.base import dist
 from mindseed.base.errors import UserError

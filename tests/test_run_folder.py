@@ -363,3 +363,14 @@ def test_a_checkpoint_moved_aside_by_a_kill_is_found(tmp_path):
     saved_at(tmp_path, 1, 2)
     (tmp_path / "step-00000002").rename(tmp_path / ".step-00000002.old")
     assert Checkpoints(tmp_path, keep=3, fingerprints={}).newest()[0].name == "step-00000002"
+
+
+def test_a_mesh_of_another_number_of_ranks_is_not_remembered(tmp_path, capsys, monkeypatch):
+    for name in ("config.toml", "given.toml"):
+        (tmp_path / name).write_text("[parallel]\ntensor = 2\nzero = 1\n")
+    options = TrainOptions(out=str(tmp_path), resume="newest")
+    assert "parallel" not in run_folder.options_of_run(options)
+    assert "does not suit 1 rank(s)" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run_folder.options_of_run(options)["parallel"]["tensor"] == 2 and not capsys.readouterr().err

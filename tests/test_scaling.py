@@ -242,6 +242,13 @@ def test_somebody_elses_table(tmp_path, capsys):
     assert "| total, sum |" in (tmp_path / "out/scaling.md").read_text()
 
 
+def test_runs_that_determine_nothing_are_told_so(tmp_path, capsys):
+    table = write(tmp_path / "table.jsonl", [{"params": n, "tokens": d, "loss": 1 + random.Random(n * d).random()}
+                                             for n in (1e4, 2e4, 3e4, 4e4) for d in (2e4, 3e4, 4e4)])
+    assert cli.main(["scaling-law", "--fit", table, "--draws", "60", "--predict", "1e9x1e12"]) == 0
+    assert "follow no power law" in capsys.readouterr().err
+
+
 def test_the_count_that_fits_better_is_chosen(tmp_path):
     runs = grid(noise=0.001)
     rows = [row | {"non_embedding": row["params"], "params": row["params"] + 3e5 * (1 + i % 3)}

@@ -54,8 +54,8 @@ def options_of_run(options: AnyOptions) -> dict[str, Any] | None:
     if problems := then.parallel.problems(world := dist.ranks_started()):
         given.pop("parallel")                     # a run goes on on any mesh
         if int(os.environ.get("RANK", 0)) == 0:
-            warn(f"the mesh that {folder} was given does not suit {world} rank(s) ({problems[0]}), so it goes on without; "
-                 "parallel.* ask for another")
+            warn(f"the mesh that {folder} was given does not suit {world} rank(s) ({problems[0]}), so it goes on "
+                 "without; parallel.* ask for another")
     loop, usual = options.loop, TrainOptions().loop
     if isinstance(options, TrainOptions) and (any(getattr(loop, name) is not None for name in LONG)
                                               or loop.tokens_per_param != usual.tokens_per_param):

@@ -328,8 +328,8 @@ def tell(facts: dict[str, Any]) -> None:
     """The tables on the terminal."""
     level, laws = f"{facts['level']:.0%}", facts["laws"]
     if (error := laws[facts["law"]]["error"]) > STRAY:
-        warn(f"the runs follow no power law ({error:.0%} off it): they are too short, or too much alike, for one to show; "
-             "take larger budgets and sizes further apart before anything is foretold from it")
+        warn(f"the runs follow no power law ({error:.0%} off it): they are too short, or too much alike, for one to "
+             "show; take larger budgets, and sizes further apart, before anything is foretold from it")
     shown = enumerate(facts["runs"], 1)
     if many := len(facts["runs"]) > MANY:
         shown = sorted(shown, key=lambda one: abs(one[1]["fitted"] / one[1]["loss"] - 1), reverse=True)[:MANY]
