@@ -374,3 +374,14 @@ def test_a_mesh_of_another_number_of_ranks_is_not_remembered(tmp_path, capsys, m
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert run_folder.options_of_run(options)["parallel"]["tensor"] == 2 and not capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_warned_of(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.toml").write_text("")
+    claim(TrainOptions(out=str(tmp_path)), tmp_path)
+    assert "holds other things (notes.txt), and the run is" in capsys.readouterr().err
+    (tmp_path / "notes.txt").unlink()
+    claim(TrainOptions(out=str(tmp_path)), tmp_path)
+    claim(TrainOptions(out=str(tmp_path / "new")), tmp_path / "new")
+    assert not capsys.readouterr().err

@@ -41,6 +41,7 @@ from mindseed.recipes.rl_options import RLOptions
 from mindseed.train.loop import Interrupted
 
 AnyOptions = TypeVar("AnyOptions", TrainOptions, RLOptions)
+OWN = {"config.toml", "given.toml", "run.json", "log.jsonl", "data", "tokenizer", "checkpoints", "model", "adapter"}
 LONG = ("steps", "minutes", "epochs")             # the options that say how long to train
 
 
@@ -94,6 +95,10 @@ def claim(options: AnyOptions, folder: Path) -> AnyOptions:
     if options.resume == "never" and begun(folder):
         raise UserError(f"{folder} already holds a run; go on with it (--resume) or choose another folder (--out NAME)")
     if options.resume == "never" or not begun(folder):
+        others = sorted(p.name for p in folder.glob("[!.]*") if p.name not in OWN) if folder.is_dir() else []
+        if others and dist.is_main():
+            warn(f"{folder} holds other things ({', '.join(others[:3])}{', ...' * (len(others) > 3)}), and the run is "
+                 "written beside them; --out NAME names a folder of its own")
         return options
     saved, given, loop = resolved(folder, type(options)), given_to(folder, type(options)), options.loop
     if loop.precision == "auto":
