@@ -22,7 +22,7 @@ from mindseed.plan.job import Job
 from mindseed.plan.params import count_params
 
 NAME = "ranks"
-ROUNDS, STEPS = 2, 4
+ROUNDS, STEPS = 1, 6
 ONE = Job(rows=4, seq_len=256, precision="fp32", cpu=True)
 
 
