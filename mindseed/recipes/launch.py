@@ -107,7 +107,7 @@ def config_ahead(options: TrainOptions | RLOptions) -> LMConfig | None:
     if options.data.tokenizer and Path(options.data.tokenizer).exists():
         vocab_size = load_tokenizer(options.data.tokenizer).vocab_size
     elif known := [path for path in prepared if path.exists()]:
-        vocab_size = read_json(known[0], {"vocab_size": int}).get("vocab_size", vocab_size)
+        vocab_size = read_json(known[0], {"vocab_size": int})["vocab_size"]
     return options.model.shape(options.depth).lm_config(vocab_size=vocab_size, seq_len=options.data.seq_len or 512)
 
 

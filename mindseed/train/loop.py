@@ -102,7 +102,7 @@ def kept(plan: Fit, error: UserError) -> UserError:
     if dist.world_size() > 1:
         plan.checkpoints.wait()
         newest = plan.checkpoints.found()[-1:]
-        return UserError(f"{error}\nThe same command goes on from {newest[0]}") if newest else error
+        return UserError(f"{error}\nThe same command with --resume goes on from {newest[0]}") if newest else error
     if plan.checkpoints.holds(plan.run.step):
         return error
     where = plan.checkpoints.save(plan.run, plan.ema)
