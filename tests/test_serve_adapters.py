@@ -79,7 +79,7 @@ def test_every_adapter_is_a_model_of_its_own(adapters):
         assert 'mindseed_generated_tokens_total{model="legal"}' in figures
         assert re.findall(r'mindseed_engine_blocks{model="(.*)"}', figures) == ["mini"]        # told once
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+        assert process.wait(60) == 0 and "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.wait()

@@ -160,7 +160,7 @@ def test_a_reader_who_stops_is_let_go_at_the_deadline():
         loop, events = asyncio.get_running_loop(), source()
         response = Events(events, events, None if deadline_s is None else loop.time() + deadline_s)
         task = asyncio.create_task(response({"type": "http"}, receive, send))
-        done, _ = await asyncio.wait({task}, timeout=3)
+        done, _ = await asyncio.wait({task}, timeout=30 if deadline_s else 3)
         ended = bool(done)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -232,12 +232,14 @@ def test_a_server_that_is_told_to_stop_lets_answers_finish():
                 pieces = answer.iter_text()
                 next(pieces)
                 process.send_signal(signal.SIGTERM)
-                time.sleep(0.2)
-                with pytest.raises(httpx.ConnectError):
-                    httpx.get(f"{url}/health", timeout=2)
+                end = time.monotonic() + 60
+                with pytest.raises((httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError)):
+                    while time.monotonic() < end:                          # a busy machine is slow to hear a signal
+                        httpx.get(f"{url}/health", timeout=60)
+                        time.sleep(0.05)
                 text = "".join(pieces)
         assert text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in text
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert "stopped" in process.stdout.read() and "Traceback" not in process.stderr.read()
     finally:
         process.kill()

@@ -347,7 +347,7 @@ def test_no_server_at_all_is_told_at_once(tmp_path, capsys):
     prompts, began = write(tmp_path / "p.jsonl", [{"prompt": "a"}]), time.monotonic()
     told = complaint(capsys, prompts, "--endpoint", f"http://127.0.0.1:{port}/v1", "--model", "m", "--out",
                      tmp_path / "a.jsonl")
-    assert f"127.0.0.1:{port}/v1 cannot be reached" in told and time.monotonic() - began < 5
+    assert f"127.0.0.1:{port}/v1 cannot be reached" in told and time.monotonic() - began < 25
 
 
 def test_what_a_server_refuses_is_dropped_but_not_everything(tmp_path, monkeypatch, capsys):

@@ -70,7 +70,7 @@ def running(tmp_path_factory):
     yield studio
     studio.process.send_signal(signal.SIGINT)
     try:
-        assert studio.process.wait(timeout=20) == 0
+        assert studio.process.wait(timeout=60) == 0
     finally:
         studio.process.terminate()
     assert studio.process.stdout.read().splitlines()[-1] == "stopped"
