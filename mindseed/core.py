@@ -113,6 +113,11 @@ class State(Protocol):
     def layer(self, index: int) -> LayerState: ...
 
 
+def tokens_ahead(x: Tensor, distance: int) -> Tensor:
+    """x[b, t + distance] for x (B, T), and the last one where the row has ended: what is said there is not counted."""
+    return torch.cat([x[:, distance:], x[:, -1:].expand(-1, min(distance, x.shape[1]))], dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """What a language model hands to an objective: hidden states, and the head that is still to be applied.
@@ -129,6 +134,7 @@ class Output:
     aux: dict[str, Tensor] = field(default_factory=dict)   # auxiliary losses of layers, per token (B, T), weighed
     further: tuple[Tensor, ...] = ()              # (B, T, D) each: what predicts the token 2, 3, ... ahead
     further_weight: float = 0.0                   # of the mean of their losses
+    ahead: Callable[[Tensor, int], Tensor] = tokens_ahead         # what finds those tokens, also where rows are cut
     states: tuple[Tensor, ...] = ()               # (B, T, ...) each: the residual stream where it was asked for
     parts: dict[str, Tensor] = field(default_factory=dict)   # (B, T, ...) each: what one layer's attention works with
 
@@ -188,6 +194,10 @@ class Backend(Protocol):
 
     def whole(self) -> contextlib.AbstractContextManager:
         """Inside, ranks may run the model without waiting for each other, as far as the backend lets them."""
+        ...
+
+    def cut(self, batch: Batch) -> Batch:
+        """This rank's part of rows that are shared with other ranks."""
         ...
 
     def score(self, batch: Batch) -> Tensor:

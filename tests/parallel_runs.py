@@ -16,7 +16,6 @@ from mindseed.models.lm import LM, build
 from mindseed.nn.moe import MoE
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
-from mindseed.parallel.context import Cut, Ring
 from mindseed.parallel.mesh import Mesh, make_mesh
 from mindseed.parallel.parallelize import parallelize
 from mindseed.train.balance import Balance
@@ -25,6 +24,7 @@ from mindseed.train.pipelined import PipelinedBackend
 from mindseed.train.step import Run, train_step
 
 ROWS = 8                                          # of a step, over all ranks
+TAG = (1, 2)                                      # a run of ids that counts more
 
 
 class Dealt:
@@ -36,6 +36,7 @@ class Dealt:
     def rows(self, step: int) -> Batch:
         g = torch.Generator().manual_seed(1000 * self.seed + step)
         ids = torch.randint(self.vocab, (ROWS, self.width + 1), generator=g)
+        ids[::2, self.width // 4:self.width // 4 + 2] = torch.tensor(TAG)         # where a ring of two cuts the targets
         weights = (torch.rand(ROWS, self.width, generator=g) < torch.rand(ROWS, 1, generator=g)).double()
         cuts = torch.rand(ROWS, self.width, generator=g) < 0.1                    # where documents begin
         cuts[:, 0] = True
@@ -90,13 +91,11 @@ def prepare(case: Case) -> tuple[Run, Mesh | None]:
     model.recompute = case.recompute
     parallelize(model, mesh)
     groups = parameter_groups(model, case.optim)
-    objective = SFT(z_loss=1e-3)
+    objective = SFT(z_loss=1e-3, tags=(TAG,), tag_weight=3.0)
     kind = PipelinedBackend if mesh and mesh.sizes.pipe > 1 else NativeBackend
     backend = kind(model, objective, build_optimizers(groups, case.optim), max_norm=0.5, mesh=mesh,
                    precision=case.precision)
-    source: Any = Dealt(case.config.vocab_size, case.width, case.accumulate)
-    if mesh and mesh.sizes.context > 1:
-        source = Cut(source, Ring(mesh))
+    source = Dealt(case.config.vocab_size, case.width, case.accumulate)
     return Run(source, objective, backend, schedule=lambda step: case.optim.lr, accumulate=case.accumulate,
                balance=Balance(model)), mesh
 

@@ -43,7 +43,9 @@ MODELS = {"dense": lm((GQA, SWIGLU), (WINDOW, SWIGLU)),
           "mla": lm((MLA, SWIGLU), (MLA, MOE)),
           "norms": lm((GQA, SWIGLU), (GQA, SWIGLU), placement="sandwich", norm="layer", learned_positions=True),
           "mixed": lm((GQA, SWIGLU), (MLA, MOE), (WINDOW, MOE)),
-          "deep": lm((GQA, SWIGLU), (WINDOW, SWIGLU), (GQA, MOE), (MLA, MOE), tied=False)}
+          "deep": lm((GQA, SWIGLU), (WINDOW, SWIGLU), (GQA, MOE), (MLA, MOE), tied=False),
+          "ahead": lm((GQA, SWIGLU), (WINDOW, SWIGLU), (GQA, MOE), (MLA, SWIGLU), mtp=tuple(
+              LayerConfig(mixer=mixer, ffn=ffn) for mixer, ffn in ((GQA, MOE), (MLA, SWIGLU))))}
 OPTIM = {kind: OptimConfig(kind=kind, lr=1e-2) for kind in ("adamw", "muon")}
 EVERY = ("dense", "moe", "mla")
 MIXTURES = ("moe", "mla")
@@ -56,17 +58,19 @@ ON_TWO = [(EVERY, {}), (EVERY, {"zero": 1}), (EVERY, {"zero": 2}), (EVERY, {"zer
           (("mixed",), {"expert": 2, "context": 2}),
           *((("mixed",), {"optim": "muon", "zero": zero}) for zero in (1, 2, 3)),
           (("mixed",), {"optim": "muon", "tensor": 2}), (("moe",), {"optim": "muon", "expert": 2, "zero": 1}),
-          *((("deep",), {"pipe": 2, "schedule": schedule, "microbatches": pieces}) for schedule, pieces in (
-              ("gpipe", 2), ("1f1b", 2), ("interleaved", 4), ("zero-bubble", 4), ("dualpipe-v", 4)))]
+          *((("ahead",), options) for options in ({"tensor": 2}, {"context": 2}, {"expert": 2, "zero": 3})),
+          *((models, {"pipe": 2, "schedule": schedule, "microbatches": pieces}) for models, schedule, pieces in (
+              (("deep", "ahead"), "gpipe", 2), (("ahead",), "1f1b", 2), (("deep", "ahead"), "interleaved", 4),
+              (("deep", "ahead"), "zero-bubble", 4), (("ahead",), "dualpipe-v", 4)))]
 ON_FOUR = [*(("mixed", options) for options in (
     {"zero": 2, "replicas": 2}, {"tensor": 2}, {"tensor": 2, "zero": 1}, {"tensor": 2, "zero": 3},
     {"context": 2, "zero": 3}, {"context": 2, "tensor": 2}, {"expert": 2, "tensor": 2},
     {"expert": 2, "tensor": 2, "zero": 3},
     {"expert": 4, "zero": 2}, {"expert": 2}, {"optim": "muon", "zero": 3, "tensor": 2},
     {"optim": "muon", "zero": 2, "replicas": 2})),
-    *(("deep", {"pipe": 2, "microbatches": 2} | more) for more in (
-        {}, {"zero": 3}, {"tensor": 2}, {"context": 2}, {"expert": 2},
-        {"schedule": "interleaved", "tensor": 2, "sequence": False}))]
+    *((model, {"pipe": 2, "microbatches": 2} | more) for model, more in (
+        ("deep", {}), ("ahead", {"zero": 3}), ("ahead", {"tensor": 2}), ("ahead", {"context": 2}),
+        ("ahead", {"expert": 2}), ("deep", {"schedule": "interleaved", "tensor": 2, "sequence": False})))]
 LABELLED = {2: [(model, options) for models, options in ON_TWO for model in models], 4: ON_FOUR}
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from mindseed.models.presets import Shape, mixture
 from mindseed.nn.linear import BUFFERS
 from mindseed.objectives.sft import SFT
 from mindseed.optim.groups import OptimConfig, build_optimizers, parameter_groups
-from mindseed.plan.job import Job
-from mindseed.plan.memory import memory_of
+from mindseed.parallel.pipeline import keep_own_blocks
+from mindseed.plan.job import Job, chunks
+from mindseed.plan.memory import memory_of, rank_memory
 from mindseed.plan.meter import peak_bytes
 from mindseed.train.native import NativeBackend
 from tests.spawn import on_ranks
@@ -116,3 +118,18 @@ def test_slices_of_zero_are_as_large_as_planned():
     planned = [memory_of(config_of("adamw"), replace(job, parallel=ParallelOptions(zero=stage))) for stage in (1, 2, 3)]
     for held in on_ranks(held_by):
         assert held == [pytest.approx(plan.weights + plan.optimizer, rel=0.01) for plan in planned]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble"])
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pipe", [2, 3])
+def test_every_rank_of_a_pipeline_has_the_weights_that_are_planned(schedule, ahead, tied, pipe):
+    """The embedding too, of which the last stage may need a copy."""
+    shape = replace(SHAPE, layers=7, tied=tied, mtp=ahead, positions="learned")
+    config, options = shape.lm_config(vocab_size=300, seq_len=64), ParallelOptions(pipe=pipe, schedule=schedule)
+    job = replace(FEW, world=pipe, parallel=options)
+    for rank, held in enumerate(chunks(config, job)):
+        model = build(config)
+        keep_own_blocks(model, SimpleNamespace(sizes=options.sizes(pipe), options=options, place=lambda axis: rank))
+        assert rank_memory(config, job, rank, held).weights == 4 * sum(p.numel() for p in model.parameters())

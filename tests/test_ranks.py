@@ -62,7 +62,7 @@ def test_everything_that_a_model_cannot_is_told_at_once():
     found = splitting_problems(small(), options, micro_batch=3)
     for says in ("no experts", "vocabulary of 66", "rows of 30 tokens are no multiple of parallel.tensor=4",
                  "multiple of 4", "heads=6 is no multiple", "kv_heads=2 is no multiple", "ffn_dim=50 is no multiple",
-                 "3 layers are fewer than the 4 stages", "model.tied=false", "loop.micro_batch=3 cannot be cut"):
+                 "3 layers are fewer than the 4 stages", "loop.micro_batch=3 cannot be cut"):
         assert any(says in line for line in found), (says, found)
     assert splitting_problems(small(), ParallelOptions(tensor=2, zero=3)) == []
 
@@ -88,6 +88,8 @@ def test_what_a_layer_cannot(mixer, ffn, options, says):
     ({"parallel": ParallelOptions(tensor=2), "objective": {"label_smoothing": 0.1}}, "needs the whole vocabulary"),
     ({"parallel": ParallelOptions(context=2), "lora": {"rank": 4}}, "adapters .* run data-parallel"),
     ({"parallel": ParallelOptions(tensor=2), "loop": {"sample_every": 5}}, "samples cannot be drawn"),
+    *(({"parallel": ParallelOptions(pipe=2, schedule=schedule), "loop": {"recompute": how}}, f"the {schedule} schedule")
+      for schedule in ("zero-bubble", "dualpipe-v") for how in (True, "selective")),
     ({"parallel": ParallelOptions(zero=1), "optim": {"states": "8bit", "kind": "adamw"}}, "optim.states=8bit")])
 def test_what_a_run_cannot(changes, says):
     import re

@@ -15,6 +15,7 @@ import torch
 
 from mindseed.base import dist
 from mindseed.base.mesh import ParallelOptions
+from mindseed.models.config import LayerConfig
 from mindseed.optim.ema import EMA
 from mindseed.train.state import Checkpoints, restore
 from mindseed.train.step import train_step
@@ -23,13 +24,13 @@ from tests.parallel_runs import Case, prepare
 from tests.spawn import on_ranks
 from tests.test_parallel import GQA, MLA, MOE, SWIGLU, WINDOW, lm
 
-CONFIG = lm((GQA, SWIGLU), (MLA, MOE), (WINDOW, MOE), tied=False)
+CONFIG = lm((GQA, SWIGLU), (MLA, MOE), (WINDOW, MOE), mtp=(LayerConfig(mixer=GQA, ffn=MOE),))
 BEFORE, AFTER = 2, 2                              # steps until the checkpoint, and after it
 WRITERS = {"zero 3": (4, {"zero": 3}), "tensor x data": (4, {"tensor": 2}), "one process": (1, {}),
            "pipe x zero": (4, {"pipe": 2, "zero": 2, "microbatches": 2})}
 READERS = {1: [(name, {}) for name in WRITERS],             # by the number of ranks: whose checkpoint, on which mesh
            2: [("zero 3", {}), ("zero 3", {"tensor": 2}), ("tensor x data", {"zero": 3}), ("tensor x data", {}),
-               ("one process", {"zero": 3}), ("pipe x zero", {"tensor": 2})],
+               ("one process", {"pipe": 2, "microbatches": 2}), ("pipe x zero", {"tensor": 2})],
            4: [("zero 3", {"tensor": 2, "zero": 1}), ("tensor x data", {"zero": 2}), ("one process", {"tensor": 2}),
                ("pipe x zero", {"expert": 4})]}
 FOLDER = os.environ.get("MINDSEED_TEST_SPREAD", "")         # of the checkpoints, for the ranks
@@ -119,7 +120,8 @@ def test_a_checkpoint_goes_on_on_any_mesh(ranks, written):
     for (name, i), (step, source, losses, average) in found.items():
         assert step == BEFORE and source == {"drawn": BEFORE}, (name, i)
         assert losses == pytest.approx(written[name], rel=1e-9), (name, READERS[ranks][i])
-        averages.add(round(average, 6))
+        if "pipe" not in READERS[ranks][i][1]:    # where a rank has its own blocks alone
+            averages.add(round(average, 6))
     assert len(averages) == 1                     # the moving averages, too, of whoever wrote them, on whatever mesh
 
 

@@ -23,6 +23,7 @@ from mindseed.base.config import option
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "dualpipe-v"]
 STAGES = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero-bubble": 2, "dualpipe-v": 2}        # on every rank
+V_SHAPED = ("zero-bubble", "dualpipe-v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,12 @@ class ParallelOptions:
     def pieces(self) -> int:
         """Of a micro-batch, for the pipeline."""
         return 1 if self.pipe == 1 else self.microbatches or 2 * self.pipe * STAGES[self.schedule]
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs and of weights come in passes of their own. What is recomputed is then made again
+        for every one of them, several times a block."""
+        return self.pipe > 1 and self.schedule in V_SHAPED
 
     @property
     def plain(self) -> bool:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mindseed.core import Output, State, StateSpec
+from mindseed.core import Output, State, StateSpec, tokens_ahead
 from mindseed.models.block import Aux, Block
 from mindseed.models.config import LMConfig
-from mindseed.models.mtp import MTPModule, tokens_ahead
+from mindseed.models.mtp import MTPModule
 from mindseed.nn.attend import Kernel, Layout
 from mindseed.nn.blocked import BlockedAttention
 from mindseed.nn.fused_head import apply_head
@@ -46,6 +46,7 @@ class LM(nn.Module):
         self.blocked: Kernel = BlockedAttention.apply
         self.apply_head = apply_head                                              # as core.ChunkedHead does
         self.ring: Callable | None = None                                         # see parallel/context.py
+        self.ahead: Callable[[Tensor, int], Tensor] = tokens_ahead
         self.collect: tuple[int, ...] = ()
         self.matching: nn.Module | None = None
         self.reset_parameters()
@@ -74,7 +75,8 @@ class LM(nn.Module):
         """What objectives ask, of what the last norm gave."""
         values = None if self.value_head is None else self.value_head(hidden)
         return Output(hidden=hidden, head=(self.head or self.embed).weight, dtype=product_dtype(hidden), aux=aux,
-                      values=values, further_weight=self.config.mtp_weight, kernel=self.apply_head, **more)
+                      values=values, further_weight=self.config.mtp_weight, kernel=self.apply_head,
+                      ahead=self.ahead, **more)
 
     def run(self, block: nn.Module, aux: Aux, *inputs) -> Tensor:
         """A block, recomputed in the backward pass if asked for; its auxiliary losses are added to `aux`."""
@@ -86,11 +88,13 @@ class LM(nn.Module):
             aux[name] = aux.get(name, 0) + value
         return x
 
-    def look_ahead(self, hidden: Tensor, ids: Tensor, layout: Layout, aux: Aux) -> tuple[Tensor, ...]:
+    def look_ahead(self, hidden: Tensor, ids: Tensor, layout: Layout, aux: Aux,
+                   embed: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, ...]:
         """Hidden vectors (B, T, D) that predict 2, 3, ... tokens ahead, one per module of multi-token prediction."""
         further = []
         for distance, module in enumerate(self.mtp, start=1):
-            hidden = self.run(module, aux, hidden, self.embed(tokens_ahead(ids, distance)), layout)
+            words = (embed or self.embed)(self.ahead(ids, distance))
+            hidden = self.run(module, aux, hidden, words, layout)
             further.append(hidden)
         return tuple(further)
 

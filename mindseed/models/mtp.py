@@ -39,8 +39,3 @@ class MTPModule(nn.Module):
         x = self.join(torch.cat([self.embed_norm(ahead), self.hidden_norm(hidden)], dim=-1)).to(ahead.dtype)
         x, aux = self.block(x, layout, state)
         return self.norm(x), aux
-
-
-def tokens_ahead(ids: Tensor, distance: int) -> Tensor:
-    """ids[b, t + distance], and the last id where the row has ended: what is predicted there is not counted."""
-    return torch.cat([ids[:, distance:], ids[:, -1:].expand(-1, min(distance, ids.shape[1]))], dim=1)

@@ -38,10 +38,6 @@ def splitting_problems(config: LMConfig, options: ParallelOptions, *, seq_len: i
         found.append(f"rows of {seq_len} tokens are no multiple of {2 * options.context}: context parallel gives each "
                      "rank one piece from the front and one from the back")
     found += pipe_problems(config, options, micro_batch)
-    for axis, sizes in (("tensor with sequence", tensor if options.sequence else 1), ("context", options.context),
-                        ("pipe", options.pipe)):
-        if sizes > 1 and config.mtp:
-            found.append(f"parallel.{axis} and multi-token prediction: its modules read tokens that other ranks hold")
     return list(dict.fromkeys(found))
 
 
@@ -63,9 +59,6 @@ def pipe_problems(config: LMConfig, options: ParallelOptions, micro_batch: int |
     if len(config.layers) < stages:
         found.append(f"{len(config.layers)} layers are fewer than the {stages} stages of parallel.pipe={options.pipe} "
                      f"with the {options.schedule} schedule")
-    if config.tied:
-        found.append("parallel.pipe: the embedding lies on the first stage and the head on the last, so they cannot be "
-                     "one matrix; give model.tied=false")
     pieces = options.pieces
     if micro_batch is not None and micro_batch % pieces:
         found.append(f"loop.micro_batch={micro_batch} cannot be cut into {pieces} pieces of equal size for the "
@@ -76,6 +69,12 @@ def pipe_problems(config: LMConfig, options: ParallelOptions, micro_batch: int |
     if options.schedule == "dualpipe-v" and pieces < stages:
         found.append(f"the dualpipe-v schedule takes at least {stages} pieces (parallel.microbatches), here {pieces}")
     return found
+
+
+def reads_words(config: LMConfig) -> bool:
+    """Whether the last stage needs the embedding too: as its head, or to look at the tokens ahead. Where it lies on
+    another rank than the first, each has a copy; the gradients of both are summed, so that the copies stay the same."""
+    return config.tied or bool(config.mtp)
 
 
 def layer_problems(layer: LayerConfig, options: ParallelOptions) -> list[str]:

@@ -63,7 +63,7 @@ class SFT:
             metrics[name] = (value * batch.weights).sum()
             total = total + metrics[name]
         for distance, hidden in enumerate(output.further, start=2):
-            targets, weights = further_ahead(batch, distance - 1)
+            targets, weights = further_ahead(output, batch, distance - 1)
             ahead = self.of_tokens(replace(output, hidden=hidden, aux={}, further=()), targets, weights)[0]
             total = total + output.further_weight / len(output.further) * ahead
             metrics[f"nll_{distance}_ahead"] = ahead
@@ -87,11 +87,8 @@ class SFT:
         return nll, total
 
 
-def further_ahead(batch: Batch, distance: int) -> tuple[Tensor, Tensor]:
+def further_ahead(output: Output, batch: Batch, distance: int) -> tuple[Tensor, Tensor]:
     """(targets, weights) for predicting `distance` tokens beyond the next one, (B, T) each: 0 where the document ends
     before that."""
-    def ahead(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x[:, distance:], (0, min(distance, x.shape[1])))
-
-    same = ahead(batch.positions) == batch.positions + distance
-    return ahead(batch.targets), ahead(batch.weights) * same
+    positions, targets, weights = (output.ahead(x, distance) for x in (batch.positions, batch.targets, batch.weights))
+    return targets, weights * (positions == batch.positions + distance)

@@ -20,7 +20,7 @@ import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindseed.core import Batch, Source
+from mindseed.core import Batch, tokens_ahead
 from mindseed.nn.flash import Spans
 from mindseed.nn.flash_triton import flash_backward, flash_forward
 from mindseed.parallel.mesh import Mesh
@@ -44,12 +44,29 @@ class Ring:
         missing = -T % (2 * self.size)
 
         def part(x: Tensor) -> Tensor:
-            pieces = F.pad(x, (0, missing)).chunk(2 * self.size, dim=1)
-            return torch.cat([pieces[i] for i in self.pieces(self.rank)], dim=1)
+            return self.part(F.pad(x, (0, missing)))
 
         extra = {name: part(x) if x.ndim == 2 and x.shape[1] == T else x for name, x in batch.extra.items()}
         return replace(batch, ids=part(batch.ids), targets=part(batch.targets), weights=part(batch.weights),
                        positions=part(batch.positions), extra=extra)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """(B, T / n) of this rank and all others -> (B, T), in the order of the row."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        torch_dist.all_gather(parts, x.contiguous(), group=self.group)
+        pieces = {}
+        for rank, part in enumerate(parts):
+            pieces |= dict(zip(self.pieces(rank), part.chunk(2, dim=1)))
+        return torch.cat([pieces[i] for i in range(2 * self.size)], dim=1)
+
+    def ahead(self, x: Tensor, distance: int) -> Tensor:
+        """As core.tokens_ahead, across the ends of pieces."""
+        return self.part(tokens_ahead(self.whole(x), distance))
+
+    def part(self, x: Tensor) -> Tensor:
+        """(B, T) -> (B, T / n): this rank's pieces."""
+        pieces = x.chunk(2 * self.size, dim=1)
+        return torch.cat([pieces[i] for i in self.pieces(self.rank)], dim=1)
 
     def attention(self, positions: Tensor, window: int | None) -> Callable[..., Tensor]:
         """What attends for a layer: (q, k, v, scale) -> (B, T, H, V). positions (B, T) are this rank's."""
@@ -134,16 +151,3 @@ def join(out: Tensor, lse: Tensor, more: Tensor, its_lse: Tensor) -> tuple[Tenso
     base = both.masked_fill(both == -torch.inf, 0)                                # neither has seen a key
     a, b = ((x - base).exp().transpose(1, 2)[..., None] for x in (lse, its_lse))
     return out * a + more * b, both
-
-
-class Cut:
-    """A Source whose rows are cut for this rank."""
-
-    def __init__(self, source: Source, ring: Ring) -> None:
-        self.source, self.ring = source, ring
-
-    def __next__(self) -> Batch:
-        return self.ring.cut(next(self.source))
-
-    def __getattr__(self, name: str):
-        return getattr(self.source, name)         # its state, and whatever else it can do

@@ -36,7 +36,8 @@ def parallelize(model: nn.Module, mesh: Mesh | None, *, bf16: bool = False) -> n
         Splitter(mesh).model(model)
     dealt = deal_out(model, mesh)
     if mesh.sizes.context > 1:
-        model.ring = Ring(mesh).attention
+        ring = Ring(mesh)
+        model.ring, model.ahead = ring.attention, ring.ahead
     if mesh.options.zero:
         mesh.root.append(fsdp.shard(model, mesh, bf16=bf16, ignored=dealt))
     return model

@@ -19,16 +19,17 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from mindseed.base.mesh import STAGES
+from mindseed.base.dist import local
+from mindseed.base.mesh import STAGES, V_SHAPED
 from mindseed.core import Batch, Objective
 from mindseed.models.config import LMConfig
 from mindseed.models.lm import LM
+from mindseed.models.splitting import reads_words
 from mindseed.nn.moe import MoEConfig
 from mindseed.parallel.mesh import Mesh
 
 SCHEDULES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved": "ScheduleInterleaved1F1B",
              "zero-bubble": "ScheduleZBVZeroBubble", "dualpipe-v": "ScheduleDualPipeV"}     # in torch's words
-V_SHAPED = ("zero-bubble", "dualpipe-v")
 
 
 class Absent(nn.Module):
@@ -63,10 +64,32 @@ def keep_own_blocks(model: LM, mesh: Mesh) -> None:
     for i in range(layers):
         if i not in own:
             model.blocks[i] = Absent()
-    if 0 not in mine:
-        model.embed, model.place = Absent(), None
-    if count - 1 not in mine:
-        model.norm, model.head = Absent(), Absent()
+    first, last = 0 in mine, count - 1 in mine
+    if not first:
+        model.place = None
+    if not last:
+        model.norm, model.head, model.mtp = Absent(), Absent(), nn.ModuleList()
+    if not first and not (last and reads_words(model.config)):
+        model.embed = Absent()
+
+
+class Apart(torch.autograd.Function):
+    """An embedding looked up beside the graph of a stage, whose gradient is added as soon as that of the result is
+    there. Schedules that split the backward pass look for the weights that a stage's input does not need, and take each
+    to hang on one place of the graph; a table that is read in the middle of it would not."""
+
+    @staticmethod
+    def forward(ctx, near: Tensor, embed: nn.Module, ids: Tensor) -> Tensor:
+        """embed(ids), as if it had been made of `near`."""
+        with torch.enable_grad():
+            ctx.words = embed(ids)
+        return ctx.words.detach()
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        if ctx.words.requires_grad:
+            torch.autograd.backward(ctx.words, g)
+        return None, None, None
 
 
 class Stage(nn.Module):
@@ -97,8 +120,11 @@ class Stage(nn.Module):
             x = self.model.run(self.model.blocks[i], found, x, layout)
         if not self.last:
             return (x, *(found[name] for name in self.names)) if self.names else x
-        total, sums = self.objective.loss(self.model.output(self.model.norm(x), found),
-                                          Batch(ids=rows["targets"], positions=positions, **rows))
+        hidden = self.model.norm(x)
+        look_up = functools.partial(Apart.apply, hidden, self.model.embed)
+        further = self.model.look_ahead(hidden, rows["ids"], layout, found, look_up) if self.model.training else ()
+        total, sums = self.objective.loss(self.model.output(hidden, found, further=further),
+                                          Batch(positions=positions, **rows))
         for name, value in {"loss": total.detach(), **sums}.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         return torch.stack([total])               # no view: FSDP hooks into what it is given
@@ -117,6 +143,10 @@ class Pipeline:
                        for i in stages_of(mesh.place("pipe"), mesh.sizes.pipe, schedule)}
         self.owner = {stage: rank for rank in range(mesh.sizes.pipe)
                       for stage in stages_of(rank, mesh.sizes.pipe, schedule)}
+        ends = [self.owner[0], self.owner[self.count - 1]]
+        there = reads_words(model.config) and ends[0] != ends[1] and mesh.place("pipe") in ends
+        self.embed = next(model.embed.parameters()) if there else None            # of which another rank has a copy
+        self.other = ends[mesh.place("pipe") == ends[0]] if there else None
         self.dtype, self.scale = next(model.parameters()).dtype, torch.ones(())
         self.shape: tuple[int, int] | None = None
         self.schedule: Any = None
@@ -180,7 +210,20 @@ class Pipeline:
         return self.told()
 
     def rows(self, batch: Batch) -> dict[str, Tensor]:
-        return {"positions": batch.positions, "targets": batch.targets, "weights": batch.weights}
+        return {"ids": batch.ids, "positions": batch.positions, "targets": batch.targets, "weights": batch.weights}
+
+    @torch.no_grad()
+    def join_copies(self) -> None:
+        """Sum the gradients of the embedding over the first and the last rank, where both have a copy."""
+        if self.embed is None or self.embed.grad is None:
+            return
+        mine = local(self.embed.grad)
+        theirs, ops = torch.empty_like(mine, memory_format=torch.contiguous_format), []
+        for op, x in ((torch_dist.isend, mine.contiguous()), (torch_dist.irecv, theirs)):
+            ops.append(torch_dist.P2POp(op, x, group=self.group, group_peer=self.other))
+        for work in torch_dist.batch_isend_irecv(ops):
+            work.wait()
+        mine += theirs
 
     def told(self) -> dict[str, Tensor]:
         """What the last stage has summed, as every rank knows it."""

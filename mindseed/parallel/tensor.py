@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from mindseed.models.block import Block
 from mindseed.models.lm import LM
+from mindseed.models.mtp import MTPModule
 from mindseed.nn.linear import Linear
 from mindseed.nn.moe import MoE
 from mindseed.nn.norm import LayerNorm, RMSNorm
@@ -160,10 +161,21 @@ class Splitter:
             model.norm.register_forward_hook(lambda _, args, y: Gather.apply(y, self.group, False))
             if model.place is not None:
                 model.place.register_forward_hook(lambda _, args, y: Scatter.apply(y, self.group, False))
+        for module in model.mtp:
+            self.ahead(module)
         for block in [*model.blocks, *(module.block for module in model.mtp)]:
             if isinstance(block, Block):
                 self.block(block)
         model.apply_head = functools.partial(VocabularyHead.apply, self.group)
+
+    def ahead(self, module: MTPModule) -> None:
+        """A module of multi-token prediction is given whole rows, as the head is, and gives whole ones to the head."""
+        if not self.sequence:
+            return
+        for own in (module.embed_norm, module.hidden_norm, module.join, module.norm):
+            spread(own, self.axis, Replicate())
+        module.register_forward_pre_hook(lambda _, args: (Scatter.apply(args[0], self.group, False), *args[1:]))
+        module.norm.register_forward_hook(lambda _, args, y: Gather.apply(y, self.group, False))
 
     def block(self, block: Block) -> None:
         if self.sequence:

@@ -26,6 +26,7 @@ import torch
 from mindseed.core import StateSpec
 from mindseed.models.block import MIXERS
 from mindseed.models.config import LayerConfig, LMConfig
+from mindseed.models.splitting import reads_words
 from mindseed.nn.fused_head import CHUNK_BYTES, KEEP_BYTES
 from mindseed.optim.muon import AT_ONCE
 from mindseed.optim.paged import PAGE_BYTES
@@ -176,15 +177,25 @@ def weights_of(config: LMConfig, layer: LayerConfig, ahead: bool, tensor: int, e
     return out
 
 
-def table_weights(config: LMConfig, job: Job, chunk: Chunk) -> Weights:
+def table_weights(config: LMConfig, job: Job, held: list[Chunk]) -> Weights:
     """Embedding, positions, last norm and head, as far as they are here. Their learning states are AdamW's."""
-    table = -(-config.vocab_size // job.sizes.tensor) * config.dim
-    entries = (table + config.learned_positions * config.seq_len * config.dim) * chunk.first
-    entries += (norm_params(config) + table * (not config.tied or not chunk.first)) * chunk.last
-    read = table * (config.tied or chunk.last)               # the head multiplies; an embedding is only looked up
+    first, last, table = held[0].first, held[-1].last, table_entries(config, job)
+    entries = table * (first or last and reads_words(config)) + table * (last and not config.tied)
+    entries += config.learned_positions * config.seq_len * config.dim * first + norm_params(config) * last
+    read = table * last                                      # the head multiplies; an embedding is only looked up
     if job.lora_rank:
-        return Weights(frozen=WIDE * entries, whole=read * chunk.last)
-    return Weights(dense=entries, dense_states=2 * WIDE * entries, whole=read * chunk.last)
+        return Weights(frozen=WIDE * entries, whole=read)
+    return Weights(dense=entries, dense_states=2 * WIDE * entries, whole=read)
+
+
+def table_entries(config: LMConfig, job: Job) -> int:
+    """Of the embedding, on a rank that has it."""
+    return -(-config.vocab_size // job.sizes.tensor) * config.dim
+
+
+def has_a_copy(config: LMConfig, held: list[Chunk]) -> bool:
+    """Whether another rank of the pipeline has the embedding as well."""
+    return reads_words(config) and held[0].first != held[-1].last
 
 
 def state_bytes(entries: float, optimizer: str, states: str) -> float:
@@ -203,13 +214,11 @@ def zero_bytes(stage: int, ranks: int, *, weights: float, gradients: float, stat
 def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> TrainMemory:
     sizes, stage, a = job.sizes, job.parallel.zero, job.itemsize
     n = sizes.shard * sizes.context if stage else 1
-    root, blocks = Weights(), Weights()
+    root, blocks = table_weights(config, job, held), Weights()
     each = [layer_weights(config, layer, job) for chunk in held for layer, _ in chunk.runs]
     modules = [layer_weights(config, layer, job, ahead=True) for layer in (config.mtp if held[-1].last else ())]
     for weights, times in zip([*each, *modules], [t for c in held for _, t in c.runs] + [1] * len(modules)):
         blocks = blocks.plus(weights, times)
-    for chunk in held:
-        root = root.plus(table_weights(config, job, chunk))
     every, largest = blocks.plus(root), max((w.numbers for w in [*each, *modules]), default=0)
 
     # What is kept through a step: masters, states, and what is made of them to multiply with.
@@ -253,6 +262,9 @@ def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> Tra
                                                     "transient": WIDE * root.dense * config.tied}
     if stage == 0 and not job.parallel.plain and sizes.parts > 1:                 # flat copies, two buckets at a time
         moments["the sum over ranks"] = {"gradients": after, "communication": min(whole, 2 * BUCKET_BYTES)}
+    if has_a_copy(config, held):
+        moments["the sum of the embedding's copies"] = {"gradients": after,
+                                                        "communication": WIDE * table_entries(config, job) / n}
     update = muon_bytes(config, job, held) if job.optimizer == "muon" and not job.lora_rank else 0
     moments["the update"] = {"gradients": after, "update": update, "gathered": 0, "communication": 0}
     return TrainMemory(
@@ -284,7 +296,7 @@ def kept_by_layer(config: LMConfig, job: Job, rank: int, held: list[Chunk]
             whole = tokens * made.on_rank(sizes.tensor, job.sequence)
             one = tokens * kept.on_rank(sizes.tensor, job.sequence)
             if module:                                       # norms and input of the join, and a head of its own
-                total += tokens * (around_kept(config, a)[1].total + config.dim * (WIDE + 2 * a) + 2 * WIDE)
+                total += pieces * tokens * (around_kept(config, a)[1].total + config.dim * (WIDE + 2 * a) + 2 * WIDE)
             if lora and not number and chunk.first and config.placement != "post" and not job.recompute:
                 total -= tokens * (config.dim * WIDE + WIDE) / job.sequence       # the first reads a frozen embedding
             own = tokens * transient(config, layer, a).on_rank(sizes.tensor, job.sequence)

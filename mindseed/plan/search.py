@@ -83,7 +83,7 @@ def search(config: LMConfig, like: Job, board: Machine, *, rows: int, keep: int 
 
 def fitting(config: LMConfig, job: Job, board: Machine, room: float, found: Found, keep: int) -> Plan | None:
     """With the least recomputation that fits, or None."""
-    for recompute in WAYS:
+    for recompute in WAYS[:1] if job.parallel.splits_backward else WAYS:
         job = replace(job, recompute=recompute)
         memory = memory_of(config, job)
         found.tried += 1
@@ -171,6 +171,8 @@ def nearest(config: LMConfig, job: Job, room: float) -> Job | None:
                              accumulate=job.accumulate * job.rows, recompute=True))
     for one in tries:
         if one.parallel.pipe > 1 and one.rows != job.rows or one.parallel.problems(one.world):
+            continue
+        if one.recompute and one.parallel.splits_backward:
             continue
         if memory_of(config, one).total <= room:
             return one

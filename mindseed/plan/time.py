@@ -22,7 +22,8 @@ from mindseed.plan.communication import Group, Transfer, exchange_s, gather_s, g
 from mindseed.plan.flops import flops_per_token
 from mindseed.plan.job import Chunk, Job, by_model, chunks, unlike
 from mindseed.plan.machines import HIDDEN, MEMORY, Machine
-from mindseed.plan.memory import BUCKET_BYTES, Weights, layer_weights, orthogonal, table_weights
+from mindseed.plan.memory import (
+    BUCKET_BYTES, Weights, has_a_copy, layer_weights, orthogonal, table_entries, table_weights)
 from mindseed.plan.pipeline import bubble_s
 from mindseed.plan.roofline import moved_s, product_s
 from mindseed.plan.work import Work, block_work, head_work
@@ -69,16 +70,22 @@ def step_time(config: LMConfig, job: Job, board: Machine) -> StepTime:
     work, times = slowest.work, job.accumulate * job.pieces
     transfers = [Transfer(axis=axis, what=WHAT[axis], sent=work.sent[axis] * times, seconds=wait * times,
                           exposed=wait * times) for axis, wait in work.waits.items()]
-    idle = 0.0
+    idle = late = 0.0
     if sizes.pipe > 1:
         group, size = groups(sizes, board.per_node)["pipe"], job.tokens / job.sequence * config.dim * WIDE
         one, messages = pass_s(board, group, size), 2 * times * len(held[0])
         first = 2 * job.accumulate * (sizes.pipe - 1) * one  # until the first piece is there, nothing hides it
         transfers.append(Transfer(axis="pipe", what="activations and their gradients", sent=messages * size,
                                   seconds=messages * one, exposed=min(first, messages * one)))
+        if has_a_copy(config, held[0]):
+            size = WIDE * table_entries(config, job) / (sizes.shard * sizes.context if job.parallel.zero else 1)
+            late = pass_s(board, group, size)
+            transfers.append(Transfer(axis="pipe", what="gradients of the embedding's copies", sent=size, seconds=late,
+                                      exposed=late))
         idle = first + job.accumulate * bubble_s(job.parallel.schedule, sizes.pipe, work.forward, work.inputs,
                                                  work.weights)
     waited, shared = data_parallel(job, board, slowest)
+    waited += late
     update = update_s(job, board, config, slowest.weights)
     kinds = {name: value * times for name, value in work.kinds.items()}
     kinds |= {"update": update, "bubble": idle, "waiting": waited + times * sum(work.waits.values())}
@@ -106,7 +113,7 @@ def rank_work(config: LMConfig, job: Job, board: Machine, held: list[Chunk]) -> 
             rank.work.add(block_work(config, layer, job, board))
             rank.weights = rank.weights.plus(layer_weights(config, layer, job, ahead=True))
         rank.work.add(head_work(config, job, board, chunk))
-        rank.weights = rank.weights.plus(table_weights(config, job, chunk))
+    rank.weights = rank.weights.plus(table_weights(config, job, held))
     return rank
 
 

@@ -84,6 +84,10 @@ def run_problems(options: TrainOptions | RLOptions) -> list[str]:
                      "shares them out")
     if not mesh.plain and options.lora.rank and options.lora.nf4:
         found.append("lora.nf4 packs the base's weights, which parallel.zero would have to take apart")
+    if mesh.splits_backward and options.loop.recompute:
+        found.append(f"the {mesh.schedule} schedule takes the backward pass of a block in many parts, and "
+                     "loop.recompute would run the block again for each; leave it out, or take --parallel.schedule "
+                     "1f1b or interleaved")
     if mesh.backend == "deepspeed" and options.loop.precision.startswith("fp8"):
         found.append(f"the deepspeed backend trains in fp32, bf16 or fp16; loop.precision={options.loop.precision} is "
                      "the native backend's")

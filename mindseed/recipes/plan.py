@@ -257,7 +257,8 @@ def variants(config: LMConfig, job: Job, board: Machine) -> list[Plan]:
     jobs = [replace(job, recompute=recompute, parallel=replace(job.parallel, zero=zero))
             for zero in ((0, 1, 2, 3) if job.sizes.data > 1 else (job.parallel.zero,)) for recompute in (False, True)
             if zero or job.parallel.replicas == 1 and not job.parallel.offload]
-    jobs = [one for one in jobs if not one.parallel.problems(one.world)]
+    jobs = [one for one in jobs if not one.parallel.problems(one.world)
+            and not (one.recompute and one.parallel.splits_backward)]
     return [Plan(one, memory_of(config, one), step_time(config, one, board)) for one in jobs]
 
 

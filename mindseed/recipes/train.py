@@ -38,7 +38,6 @@ from mindseed.models.upcycle import upcycle
 from mindseed.optim.ema import EMA
 from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
-from mindseed.parallel.context import Cut
 from mindseed.parallel.mesh import Mesh, make_mesh
 from mindseed.parallel.parallelize import parallelize
 from mindseed.plan.flops import flops_per_token
@@ -96,7 +95,6 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
     parallelize(model, mesh, bf16=gathers_in_bf16(options, device))
     groups = parameter_groups(model, options.optim)
     backend = backend_of(options, model, objective, build_optimizers(groups, options.optim), mesh)
-    source = Cut(source, backend.ring) if backend.ring else source
     model.recompute, model.attention = options.loop.recompute, options.loop.attention
     if model.attention == "flex" and device.type != "cuda":
         raise UserError(f"loop.attention=flex has no backward pass on {device.type}; leave it out")

@@ -21,7 +21,7 @@ from mindseed.base.log import Sink, StepBar
 from mindseed.optim.ema import EMA
 from mindseed.train.native import NonFinite
 from mindseed.train.state import Checkpoints
-from mindseed.train.step import Run, train_step
+from mindseed.train.step import Run, next_batches, train_step
 
 
 @dataclass(kw_only=True)
@@ -190,8 +190,7 @@ def steps_for_minutes(run: Run, minutes: float, *, trials: int = 3) -> int:
     times = []
     for _ in range(trials + 1):
         start = time.monotonic()
-        with torch.no_grad(), run.around():
-            batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
+        batches = next_batches(run)
         scale = 1 / torch.stack([run.objective.count(b) for b in batches]).sum().clamp_min(1)
         for i, batch in enumerate(batches):
             run.backend.forward_backward(batch, scale=scale, last=i == run.accumulate - 1)

@@ -56,6 +56,7 @@ class NativeBackend:
             raise UserError(f"this model runs but must not be trained: {reason}")
         self.model, self.optimizers, self.max_norm, self.precision = model, optimizers, max_norm, precision
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.counted = self.params                # of which the norm is taken, each parameter of the run on one rank
         self.mesh, self.stage = mesh, mesh.options.zero if mesh else 0
         self.device = self.params[0].device if not (mesh and mesh.options.offload) else torch.device(
             "cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -150,7 +151,7 @@ class NativeBackend:
         """The norm of the whole gradient, which is shortened to `max_norm`."""
         if self.mesh is None:
             return torch.nn.utils.clip_grad_norm_(self.params, self.max_norm or torch.inf)
-        norm = clip.global_norm(self.params, self.mesh.group("pipe"))
+        norm = clip.global_norm(self.counted, self.mesh.group("pipe"))
         clip.scale_gradients(self.params, (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm else 1.0)
         return norm
 

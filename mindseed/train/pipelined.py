@@ -10,7 +10,7 @@ from mindseed.core import Batch, Objective
 from mindseed.objectives.sft import SFT
 from mindseed.parallel import fsdp
 from mindseed.parallel.mesh import Mesh
-from mindseed.parallel.pipeline import Pipeline
+from mindseed.parallel.pipeline import Absent, Pipeline
 from mindseed.train.native import NativeBackend, Precision
 
 
@@ -22,6 +22,8 @@ class PipelinedBackend(NativeBackend):
                  mesh: Mesh, precision: Precision = "fp32", max_norm: float = 1.0) -> None:
         super().__init__(model, objective, optimizers, precision=precision, max_norm=max_norm, mesh=mesh)
         self.pipeline = Pipeline(model, objective, mesh, self.device)
+        if not isinstance(model.norm, Absent):    # the last stage; a copy of the embedding counts on the first
+            self.counted = [p for p in self.params if p is not self.pipeline.embed]
 
     def forward_backward(self, batch: Batch, *, scale: Tensor, last: bool) -> dict[str, Tensor]:
         if self.root:
@@ -32,6 +34,7 @@ class PipelinedBackend(NativeBackend):
             fsdp.let_go(self.root)
         if last:
             self.reduce(self.mesh)
+            self.pipeline.join_copies()
         return sums
 
     def nll(self, batch: Batch) -> tuple[Tensor, Tensor]:

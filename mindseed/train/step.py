@@ -43,8 +43,7 @@ def train_step(run: Run) -> dict[str, float]:
 
     Raises NonFinite, before anything is updated, when the loss or the gradient is not a finite number.
     """
-    with torch.no_grad(), run.around():
-        batches = [run.objective.prepare(next(run.source).to(run.device)) for _ in range(run.accumulate)]
+    batches = next_batches(run)
 
     # Divide by what was counted everywhere, so that accumulation and data parallelism change nothing.
     counts = [torch.stack([run.objective.count(b), (b.weights != 0).sum()]) for b in batches]
@@ -74,6 +73,13 @@ def train_step(run: Run) -> dict[str, float]:
     run.tokens += int(supervised)
     run.tokens_per_step = sum(b.ids.numel() for b in batches) * dist.parts()
     return means | {"lr": lr, "grad_norm": grad_norm, "supervised": int(supervised)}
+
+
+@torch.no_grad()
+def next_batches(run: Run) -> list[Batch]:
+    """The micro-batches of a step; objectives see whole rows, and then each rank takes its part of them."""
+    with run.around():
+        return [run.backend.cut(run.objective.prepare(next(run.source).to(run.device))) for _ in range(run.accumulate)]
 
 
 def check_finite(run: Run, batches: list[Batch], loss: float) -> None:
