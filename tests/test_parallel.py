@@ -61,7 +61,9 @@ ON_TWO = [(EVERY, {}), (EVERY, {"zero": 1}), (EVERY, {"zero": 2}), (EVERY, {"zer
           *((("ahead",), options) for options in ({"tensor": 2}, {"context": 2}, {"expert": 2, "zero": 3})),
           *((models, {"pipe": 2, "schedule": schedule, "microbatches": pieces}) for models, schedule, pieces in (
               (("deep", "ahead"), "gpipe", 2), (("ahead",), "1f1b", 2), (("deep", "ahead"), "interleaved", 4),
-              (("deep", "ahead"), "zero-bubble", 4), (("ahead",), "dualpipe-v", 4)))]
+              (("deep", "ahead"), "zero-bubble", 4), (("ahead",), "dualpipe-v", 4))),
+          *((("ahead",), {"pipe": 2, "zero": 3, "schedule": schedule, "microbatches": 4}) for schedule in (
+              "1f1b", "zero-bubble", "dualpipe-v")), (("norms",), {"pipe": 2, "microbatches": 2})]
 ON_FOUR = [*(("mixed", options) for options in (
     {"zero": 2, "replicas": 2}, {"tensor": 2}, {"tensor": 2, "zero": 1}, {"tensor": 2, "zero": 3},
     {"context": 2, "zero": 3}, {"context": 2, "tensor": 2}, {"expert": 2, "tensor": 2},
@@ -70,7 +72,8 @@ ON_FOUR = [*(("mixed", options) for options in (
     {"optim": "muon", "zero": 2, "replicas": 2})),
     *((model, {"pipe": 2, "microbatches": 2} | more) for model, more in (
         ("deep", {}), ("ahead", {"zero": 3}), ("ahead", {"tensor": 2}), ("ahead", {"context": 2}),
-        ("ahead", {"expert": 2}), ("deep", {"schedule": "interleaved", "tensor": 2, "sequence": False})))]
+        ("ahead", {"expert": 2}), ("deep", {"schedule": "interleaved", "tensor": 2, "sequence": False}),
+        ("norms", {"tensor": 2})))]
 LABELLED = {2: [(model, options) for models, options in ON_TWO for model in models], 4: ON_FOUR}
 
 

@@ -67,6 +67,15 @@ def test_everything_that_a_model_cannot_is_told_at_once():
     assert splitting_problems(small(), ParallelOptions(tensor=2, zero=3)) == []
 
 
+@pytest.mark.parametrize(("schedule", "pieces", "says"), [
+    ("1f1b", 2, "at least 3 pieces"), ("dualpipe-v", 5, "at least 6 pieces"), ("interleaved", 4, "a multiple of")])
+def test_a_schedule_asks_for_pieces(schedule, pieces, says):
+    options = ParallelOptions(pipe=3, schedule=schedule, microbatches=pieces)
+    assert any(says in line for line in splitting_problems(small(layers=6), options))
+    assert splitting_problems(small(layers=6), replace(options, microbatches=6)) == []
+    assert splitting_problems(small(layers=6), replace(options, microbatches=None)) == []
+
+
 DELTA = DeltaConfig(heads=2, key_heads=2, key_dim=6, value_dim=5)
 
 

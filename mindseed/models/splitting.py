@@ -63,12 +63,20 @@ def pipe_problems(config: LMConfig, options: ParallelOptions, micro_batch: int |
     if micro_batch is not None and micro_batch % pieces:
         found.append(f"loop.micro_batch={micro_batch} cannot be cut into {pieces} pieces of equal size for the "
                      "pipeline (parallel.microbatches)")
-    if options.schedule == "interleaved" and pieces % options.pipe:
-        found.append(f"the interleaved schedule takes a number of pieces that is a multiple of parallel.pipe="
-                     f"{options.pipe}; parallel.microbatches is {pieces}")
-    if options.schedule == "dualpipe-v" and pieces < stages:
-        found.append(f"the dualpipe-v schedule takes at least {stages} pieces (parallel.microbatches), here {pieces}")
-    return found
+    return found + pieces_problems(options)
+
+
+def pieces_problems(options: ParallelOptions) -> list[str]:
+    """What a schedule asks of the number of pieces."""
+    pipe, pieces, schedule = options.pipe, options.pieces, options.schedule
+    least = {"1f1b": pipe, "dualpipe-v": pipe * STAGES[schedule]}.get(schedule, 1)
+    if pipe > 1 and pieces < least:
+        return [f"the {schedule} schedule takes at least {least} pieces, as many as it has stages; "
+                f"parallel.microbatches is {pieces}"]
+    if pipe > 1 and schedule == "interleaved" and pieces % pipe:
+        return [f"the interleaved schedule takes a number of pieces that is a multiple of parallel.pipe={pipe}; "
+                f"parallel.microbatches is {pieces}"]
+    return []
 
 
 def reads_words(config: LMConfig) -> bool:

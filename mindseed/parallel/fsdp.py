@@ -41,17 +41,23 @@ def shard(model: nn.Module, mesh: Mesh, *, bf16: bool, ignored: set[nn.Parameter
     """Spread the weights of every block, and those around the blocks, over the shards of the mesh, in place; returns
     through what the model is to be run. `ignored` parameters stay as they are."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    stage, wide = mesh.options.zero, None if not bf16 else torch.float32
+    wide = None if not bf16 else torch.float32
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if mesh.options.offload else OffloadPolicy()
     how = {"mesh": mesh.shards, "offload_policy": offload, "ignored_params": ignored,
            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=wide,
                                              cast_forward_inputs=False)}
     for block in [b for lm in model.modules() if isinstance(lm, LM) for b in (*lm.blocks, *lm.mtp)]:
         if any(True for _ in block.parameters()):                                 # not a gap of a pipeline
-            fully_shard(block, reshard_after_forward=stage == 3, **how)
+            fully_shard(block, reshard_after_forward=lets_go(mesh), **how)
     root = Root(model)
     fully_shard(root, reshard_after_forward=False, **how)
     return root
+
+
+def lets_go(mesh: Mesh) -> bool:
+    """Whether a block lets its weights go after the forward pass. Not where a schedule splits the backward pass: torch
+    looks for the gradients of what lies in a block when that begins, and slices would have none."""
+    return mesh.options.zero == 3 and not mesh.options.splits_backward
 
 
 def between_microbatches(root: FSDPModule, stage: int, *, last: bool) -> None:
@@ -82,7 +88,7 @@ def let_go(root: FSDPModule) -> None:
 
 
 @contextlib.contextmanager
-def whole(root: nn.Module, stage: int) -> Iterator[None]:
+def whole(root: nn.Module, mesh: Mesh) -> Iterator[None]:
     """Inside, every rank has all weights and no forward pass speaks with other ranks: for evaluation and generation,
     where ranks may do different work."""
     from torch.distributed.fsdp import FSDPModule
@@ -95,7 +101,7 @@ def whole(root: nn.Module, stage: int) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(stage == 3 and unit is not root, recurse=False)
+            unit.set_reshard_after_forward(lets_go(mesh) and unit is not root, recurse=False)
             unit.reshard()
             for group in unit._get_fsdp_state()._fsdp_param_groups:
                 group._post_forward_indices.clear()

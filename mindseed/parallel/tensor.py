@@ -159,8 +159,8 @@ class Splitter:
         if self.sequence and isinstance(model.norm, (RMSNorm, LayerNorm)):
             spread(model.norm, self.axis, Replicate())
             model.norm.register_forward_hook(lambda _, args, y: Gather.apply(y, self.group, False))
-            if model.place is not None:
-                model.place.register_forward_hook(lambda _, args, y: Scatter.apply(y, self.group, False))
+        if self.sequence and model.place is not None:
+            model.place.register_forward_hook(lambda _, args, y: Scatter.apply(y, self.group, False))
         for module in model.mtp:
             self.ahead(module)
         for block in [*model.blocks, *(module.block for module in model.mtp)]:

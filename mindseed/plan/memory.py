@@ -229,7 +229,7 @@ def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> Tra
     narrow = a < WIDE and not job.widened
     casts = a * (every.whole_experts + every.whole * (not stage or width == WIDE)) * narrow
     casts += WIDE * every.all_experts * bool(job.lora_rank)  # experts are multiplied with the sum of both
-    gathered = sharing * width * (every.numbers if stage < 3 else root.numbers + 2 * largest)
+    gathered = sharing * width * (root.numbers + 2 * largest if lets_go(job) else every.numbers)
     communication = sharing * (width + WIDE) * largest + pipe_buffers(config, job, held)
     cache = job.cache_tokens and job.cache_tokens * cache_bytes_per_token(config, a) / sizes.tensor
     fixed = {"weights": masters, "optimizer": states, "ema": mine * job.ema, "scratch": scratch_bytes(config, job),
@@ -272,6 +272,11 @@ def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> Tra
         activations=int(kept), logits=int(max(logits, logits_back)), update=int(update), host=int(host),
         transient=int(max((own for _, _, own, _ in borders), default=0)),
         moments={name: {k: v for k, v in (fixed | parts).items() if v} for name, parts in moments.items()})
+
+
+def lets_go(job: Job) -> bool:
+    """Whether ZeRO gathers a block's weights whenever it runs (parallel/fsdp.py)."""
+    return job.parallel.zero == 3 and not job.parallel.splits_backward
 
 
 BUCKET_BYTES = 25 << 20                                      # of gradients that are averaged in one go

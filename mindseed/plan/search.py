@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from mindseed.base.mesh import ParallelOptions
 from mindseed.models.config import LMConfig
-from mindseed.models.splitting import splitting_problems
+from mindseed.models.splitting import pieces_problems, splitting_problems
 from mindseed.nn.moe import MoEConfig
 from mindseed.plan.job import Job
 from mindseed.plan.machines import Machine
@@ -137,10 +137,9 @@ def batches(options: ParallelOptions, like: Job, rows: int) -> Iterator[Job]:
         if options.pipe == 1:
             yield replace(like, parallel=options, rows=size, accumulate=mine // size)
             continue
-        pieces = mine // size
-        if options.schedule == "interleaved" and pieces % options.pipe:
-            continue
-        yield replace(like, parallel=replace(options, microbatches=pieces), rows=mine, accumulate=1)
+        cut = replace(options, microbatches=mine // size)
+        if not pieces_problems(cut):
+            yield replace(like, parallel=cut, rows=mine, accumulate=1)
 
 
 def powers(most: int) -> list[int]:

@@ -23,7 +23,7 @@ from mindseed.plan.flops import flops_per_token
 from mindseed.plan.job import Chunk, Job, by_model, chunks, unlike
 from mindseed.plan.machines import HIDDEN, MEMORY, Machine
 from mindseed.plan.memory import (
-    BUCKET_BYTES, Weights, has_a_copy, layer_weights, orthogonal, table_entries, table_weights)
+    BUCKET_BYTES, Weights, has_a_copy, layer_weights, lets_go, orthogonal, table_entries, table_weights)
 from mindseed.plan.pipeline import bubble_s
 from mindseed.plan.roofline import moved_s, product_s
 from mindseed.plan.work import Work, block_work, head_work
@@ -142,14 +142,14 @@ def data_parallel(job: Job, board: Machine, rank: Rank) -> tuple[float, list[Tra
         return waited, found
     group, width, dense = of["sharded"], job.gather_itemsize, weights.numbers
     blocks = max(1.0, dense / max(1.0, rank.largest.numbers))
-    gathers, sums = (2 * micro if stage == 3 else 1), (micro if stage > 1 else 1)
+    gathers, sums = (2 * micro if lets_go(job) else 1), (micro if stage > 1 else 1)
     one, summed = gather_s(board, group, width * dense / blocks), gather_s(board, group, WIDE * weights.dense / blocks)
     if sizes.replica > 1:
         summed += reduce_s(board, of["replica"], WIDE * weights.dense / blocks / group.ranks)
     late = one + (blocks - 1) * max(0.0, one - rank.work.forward / blocks)
-    late_back = summed + (blocks - 1) * max(0.0, summed + one * (stage == 3) - back / blocks)
+    late_back = summed + (blocks - 1) * max(0.0, summed + one * lets_go(job) - back / blocks)
     note("shard", "weights", gathers * width * dense * share(group), gathers * one * blocks,
-         (micro if stage == 3 else 1) * late)
+         (micro if lets_go(job) else 1) * late)
     note("shard", "gradients", sums * WIDE * weights.dense * share(group), sums * summed * blocks, sums * late_back)
     copied = gathers * 2 * width * dense + sums * (width + WIDE) * weights.dense  # into buffers and out of them
     return waited + (copied / (board.bandwidth * MEMORY) if group.ranks > 1 else 0.0), found

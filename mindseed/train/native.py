@@ -96,7 +96,7 @@ class NativeBackend:
 
     def whole(self) -> contextlib.AbstractContextManager:
         """Inside, ranks may run the model without waiting for each other, as far as the mesh lets them."""
-        return fsdp.whole(self.root, self.stage) if self.stage else contextlib.nullcontext()
+        return fsdp.whole(self.root, self.mesh) if self.stage else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def to_save(self) -> Iterator[nn.Module | None]:
