@@ -62,10 +62,14 @@ SETTINGS: dict[str, tuple[str, int, Job]] = {                # name: shape, voca
                                                     parallel=ParallelOptions(zero=2))),
     "tensor 2": ("mini", 6400, replace(FEW, rows=2, world=2, parallel=ParallelOptions(tensor=2))),
     "context 2": ("mini", 6400, replace(FEW, rows=2, world=2, parallel=ParallelOptions(context=2))),
-    "pipeline of 2, 4 pieces": ("mini-untied", 6400, replace(FEW, rows=4, world=2, parallel=ParallelOptions(
+    "pipeline of 2, 4 pieces": ("mini/untied", 6400, replace(FEW, rows=4, world=2, parallel=ParallelOptions(
+        pipe=2, microbatches=4))),
+    "pipeline of 2, tied, a further token": ("mini/ahead", 6400, replace(FEW, rows=4, world=2, parallel=ParallelOptions(
         pipe=2, microbatches=4))),
     "experts on 2 ranks": ("qwen3-moe-toy", 6400, replace(FEW, rows=2, world=2, parallel=ParallelOptions(expert=2))),
 }
+
+CHANGES = {"": {}, "untied": {"tied": False}, "ahead": {"mtp": 1}}
 
 
 def config_of(name: str) -> LMConfig:
@@ -73,8 +77,8 @@ def config_of(name: str) -> LMConfig:
 
 
 def made(shape: str, vocab: int, job: Job) -> LMConfig:
-    config = PRESETS[shape.removesuffix("-untied")].lm_config(vocab_size=vocab, seq_len=job.seq_len)
-    return replace(config, tied=False) if shape.endswith("-untied") else config
+    name, _, change = shape.partition("/")
+    return replace(PRESETS[name], **CHANGES[change]).lm_config(vocab_size=vocab, seq_len=job.seq_len)
 
 
 def planned(name: str) -> TrainMemory:
@@ -88,7 +92,7 @@ def measured(name: str) -> int:
         BUFFERS.__dict__.clear()
         return peak_bytes(lambda: prepared(config_of(name), job))
     small = replace(job, rows=job.pieces, seq_len=64)
-    tiny = made("qwen3-moe-toy" if "moe" in shape else "toy-untied" if "untied" in shape else "toy", 512, small)
+    tiny = made("qwen3-moe-toy" if "moe" in shape else f"toy/{shape.partition('/')[2]}", 512, small)
     prepared(tiny, small)()                       # libraries take their own memory at first use
     gc.collect()
     BUFFERS.__dict__.clear()

@@ -42,7 +42,7 @@ SETTINGS = {                                      # 4 rows a step, over all rank
 def measure(name: str) -> dict[str, list[float]]:
     """Seconds of some steps on this rank."""
     job, seconds = SETTINGS[name], []
-    step = prepared(made("mini-untied" if job.parallel.pipe > 1 else "mini", 6400, job), job)
+    step = prepared(made("mini", 6400, job), job)
     for _ in range(STEPS):
         dist.barrier()
         start = time.perf_counter()

@@ -35,6 +35,7 @@ SETTINGS: dict[str, tuple[Shape, int, Job]] = {
     "selectively recomputed": (replace(SHAPE, layers=6), 300, replace(FEW, rows=8, recompute="selective")),
     "two micro-batches": (SHAPE, 800, replace(FEW, accumulate=2)),
     "long": (SHAPE, 300, replace(FEW, rows=1, seq_len=1024)),
+    "further tokens": (replace(SHAPE, mtp=2), 800, FEW),
     "several chunks of logits": (SHAPE, 800, replace(FEW, rows=20)),
     "large vocabulary": (replace(SHAPE, tied=False), 6000, replace(FEW, rows=1)),
     "wide feed-forward": (replace(SHAPE, layers=2, ffn_dim=1024), 64, FEW),

@@ -36,7 +36,7 @@ from mindseed.models.describe import describe
 from mindseed.models.lm import LM, build
 from mindseed.models.upcycle import upcycle
 from mindseed.optim.ema import EMA
-from mindseed.optim.groups import build_optimizers, group_table, parameter_groups
+from mindseed.optim.groups import Group, build_optimizers, group_table, parameter_groups
 from mindseed.optim.schedule import learning_rate
 from mindseed.parallel.mesh import Mesh, make_mesh
 from mindseed.parallel.parallelize import parallelize
@@ -314,18 +314,18 @@ def samples(backend: NativeBackend, data: Data, seed: int, *, count: int = 2, ma
 
 # -------------------------------------------------------------------------------------------------- words and records
 
-def table_of(groups: list, mesh: Mesh | None) -> list[tuple[str, ...]]:
+def table_of(groups: list[Group], mesh: Mesh | None) -> list[tuple[str, ...]]:
     """Who updates what, over all stages of a pipeline; a collective call where there are several."""
-    rows = group_table(groups)
     if mesh is None or mesh.sizes.pipe == 1:
-        return rows
-    sums: dict[tuple[str, ...], list[int]] = {}
-    for own in dict(dist.gather((mesh.place("pipe"), rows))).values():
-        for name, optimizer, tensors, parameters, *rest in own:
-            entry = sums.setdefault((name, optimizer, *rest), [0, 0])
-            entry[0], entry[1] = entry[0] + int(tensors), entry[1] + int(parameters.replace(",", ""))
-    return [(name, optimizer, str(tensors), f"{parameters:,}", *rest)
-            for (name, optimizer, *rest), (tensors, parameters) in sums.items()]
+        return group_table(groups)
+    tensors: dict[tuple[str, ...], dict[str, int]] = {}      # by name, for the embedding may lie on two ranks
+    for own in dict(dist.gather((mesh.place("pipe"), [
+            (g.name, g.optimizer, f"{g.weight_decay:g}", f"{g.lr_scale:g}",
+             {name: p.numel() for name, p in zip(g.names, g.params)}) for g in groups]))).values():
+        for *kind, sizes in own:
+            tensors.setdefault(tuple(kind), {}).update(sizes)
+    return [(name, optimizer, str(len(sizes)), f"{sum(sizes.values()):,}", *rest)
+            for (name, optimizer, *rest), sizes in tensors.items()]
 
 
 def announce(options: TrainOptions, model: LM, data: Data, groups: list[tuple[str, ...]], folder: Path,
