@@ -57,7 +57,8 @@ ON_TWO = [(EVERY, {}), (EVERY, {"zero": 1}), (EVERY, {"zero": 2}), (EVERY, {"zer
           (EVERY, {"context": 2}), (MIXTURES, {"expert": 2}), (MIXTURES, {"expert": 2, "zero": 3}),
           (("mixed",), {"expert": 2, "context": 2}),
           *((("mixed",), {"optim": "muon", "zero": zero}) for zero in (1, 2, 3)),
-          (("mixed",), {"optim": "muon", "tensor": 2}), (("moe",), {"optim": "muon", "expert": 2, "zero": 1}),
+          (("mixed",), {"optim": "muon"}), (("mixed",), {"optim": "muon", "tensor": 2}),
+          (("moe",), {"optim": "muon", "expert": 2, "zero": 1}),
           *((("ahead",), options) for options in ({"tensor": 2}, {"context": 2}, {"expert": 2, "zero": 3})),
           *((models, {"pipe": 2, "schedule": schedule, "microbatches": pieces}) for models, schedule, pieces in (
               (("deep", "ahead"), "gpipe", 2), (("ahead",), "1f1b", 2), (("deep", "ahead"), "interleaved", 4),
@@ -69,7 +70,7 @@ ON_FOUR = [*(("mixed", options) for options in (
     {"context": 2, "zero": 3}, {"context": 2, "tensor": 2}, {"expert": 2, "tensor": 2},
     {"expert": 2, "tensor": 2, "zero": 3},
     {"expert": 4, "zero": 2}, {"expert": 2}, {"optim": "muon", "zero": 3, "tensor": 2},
-    {"optim": "muon", "zero": 2, "replicas": 2})),
+    {"optim": "muon", "zero": 2, "replicas": 2}, {"optim": "muon", "context": 2})),
     *((model, {"pipe": 2, "microbatches": 2} | more) for model, more in (
         ("deep", {}), ("ahead", {"zero": 3}), ("ahead", {"tensor": 2}), ("ahead", {"context": 2}),
         ("ahead", {"expert": 2}), ("deep", {"schedule": "interleaved", "tensor": 2, "sequence": False}),

@@ -123,6 +123,19 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def joined(x: Tensor) -> Tensor:
+    """(n, ...) of every rank that holds different tokens -> (ranks n, ...), in their order."""
+    group = SHARE[0].group if SHARE else None
+    every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, x.contiguous(), group=group)
+    return torch.cat(every)
+
+
+def place_among_parts() -> int:
+    """This rank's number among those that hold different tokens."""
+    return dist.get_rank(SHARE[0].group if SHARE else None) if dist.is_initialized() else 0
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on all ranks when it is true on one."""
     if not dist.is_initialized():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mindseed.base import dist
 from mindseed.base.dist import local
 from mindseed.base.hardware import fast_bfloat16
 
@@ -67,9 +68,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def ranks_of(p: Tensor) -> int:
-    """Over how many ranks the matrices of a parameter are cut, and so whole ones can be dealt out."""
-    return math.prod(n for n, at in zip(p.device_mesh.shape, p.placements) if not at.is_replicate()) if hasattr(
-        p, "placements") else 1
+    """Over how many ranks the matrices of a parameter are dealt out: those among which they are cut, or, of whole
+    ones, those that have copies."""
+    if not hasattr(p, "placements"):
+        return dist.parts()
+    return math.prod(n for n, at in zip(p.device_mesh.shape, p.placements) if not at.is_replicate())
 
 
 def of_whole(slices: Tensor, like: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -80,7 +83,7 @@ def of_whole(slices: Tensor, like: Tensor, function: Callable[[Tensor], Tensor])
     and sent is a rank's share. Experts of a mixture that lie on several ranks are whole where they are.
     """
     if not hasattr(like, "placements"):
-        return function(slices)
+        return of_copies(slices.flatten(0, -3), function).view(slices.shape)
     from torch.distributed.tensor import DTensor, Replicate, Shard
     there = [Shard(at.dim + 1) if type(at) is Shard else at for at in like.placements]
     if any(type(at) not in (Shard, Replicate) for at in there):                   # two axes cut one dimension
@@ -90,6 +93,17 @@ def of_whole(slices: Tensor, like: Tensor, function: Callable[[Tensor], Tensor])
     whole = DTensor.from_local(slices, like.device_mesh, there, **where).redistribute(placements=dealt)
     done = DTensor.from_local(function(whole.to_local()), like.device_mesh, dealt, **where)
     return done.redistribute(placements=there).to_local()
+
+
+def of_copies(matrices: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same where every rank has all of them (n, rows, columns): each works on some, and tells the others."""
+    n, ranks = len(matrices), dist.parts()
+    if min(n, ranks) == 1:
+        return function(matrices)
+    each, place = -(-n // ranks), dist.place_among_parts()
+    own = matrices[place * each:(place + 1) * each]
+    found = function(own)
+    return dist.joined(torch.cat([found, found.new_zeros(each - len(own), *matrices.shape[1:])]))[:n]
 
 
 def of_gathered(slices: Tensor, like: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

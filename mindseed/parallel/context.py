@@ -130,10 +130,11 @@ class RingAttention(torch.autograd.Function):
         ring, wide = ctx.ring, torch.promote_types(q.dtype, torch.float32)
         g_q = torch.zeros_like(q, dtype=wide)
         keys, values = k.contiguous(), v.contiguous()
-        g_keys, g_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        followed = None                           # what waits for the gradients of the ranks before
         for step in range(ring.size):
             last = step == ring.size - 1
             arrived = None if last else ring.pass_on(keys, values)
+            g_keys, g_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
             for piece, spans in ring.seen(lo, hi, (ring.rank - step) % ring.size):
                 gq, gk, gv = flash_backward(g_out, q, keys[:, piece], values[:, piece], out, lse, spans, ctx.scale)
                 g_q += gq
@@ -141,7 +142,10 @@ class RingAttention(torch.autograd.Function):
                 g_values[:, piece] += gv
             if not last:
                 keys, values = arrived()
-            g_keys, g_values = ring.pass_on(g_keys, g_values)()             # they follow their keys, and come home
+            for own, theirs in zip((g_keys, g_values), followed() if followed else ()):
+                own += theirs
+            followed = ring.pass_on(g_keys, g_values)     # they follow their keys, while the next round computes
+        g_keys, g_values = followed()             # and come home
         return None, None, None, g_q.to(q.dtype), g_keys.to(k.dtype), g_values.to(v.dtype), None
 
 

@@ -351,6 +351,7 @@ class Orthogonal(NamedTuple):
     number: int
     ranks: int
     together: int
+    copies: bool = False                          # every rank has them all
 
     @property
     def share(self) -> int:
@@ -360,22 +361,25 @@ class Orthogonal(NamedTuple):
 
 def orthogonal(config: LMConfig, job: Job, held: list[Chunk]) -> list[Orthogonal]:
     """What Muon does in a step (optim/muon.py), for the chunks of a rank of the pipeline."""
-    found: dict[tuple[int, int, int, int, int], int] = defaultdict(int)
+    found: dict[tuple[int, int, int, int, int, bool], int] = defaultdict(int)
     sizes, tensor, expert = job.sizes, job.sizes.tensor, job.sizes.expert
     shards = sizes.shard * sizes.context if job.parallel.zero else 1
     stretches = [run for chunk in held for run in chunk.runs] + [(layer, 1) for layer in config.mtp] * held[-1].last
     every = [(m, times) for layer, times in stretches for part in layer_params(config, layer)[:2] for m in part.every]
     every += [(Matrix(config.dim, 2 * config.dim, split=""), len(config.mtp))] * bool(held[-1].last and config.mtp)
     for m, times in every:
-        inside = tensor if m.split else 1
+        inside, most = tensor if m.split else 1, max(1, AT_ONCE // m.entries)
+        if not job.parallel.zero and inside == 1 and not (m.experts and expert > 1):
+            found[m.rows, m.columns, 1, sizes.parts, sizes.parts * most * m.count, sizes.parts > 1] += times * m.count
+            continue
         if m.experts:                             # whole where they are
             outside, count, ranks = expert if expert > 1 else shards, -(-m.count // max(expert, shards)), inside
         else:
             outside, count = shards, m.count
             ranks = 1 if shards > 1 and inside > 1 and m.split == "rows" else shards * inside
-        found[m.rows, m.columns, count, ranks, inside * outside * max(1, AT_ONCE // m.entries)] += times
-    return [Orthogonal(rows, columns, count, number, ranks, min(number, some))
-            for (rows, columns, count, ranks, some), number in found.items()]
+        found[m.rows, m.columns, count, ranks, inside * outside * most, False] += times
+    return [Orthogonal(rows, columns, count, number, min(ranks, number) if copies else ranks, min(number, some),
+                       copies and number > 1) for (rows, columns, count, ranks, some, copies), number in found.items()]
 
 
 def muon_bytes(config: LMConfig, job: Job, held: list[Chunk]) -> float:
@@ -385,6 +389,9 @@ def muon_bytes(config: LMConfig, job: Job, held: list[Chunk]) -> float:
 
     def one(o: Orthogonal) -> float:
         few, entries = min(o.rows, o.columns), o.rows * o.columns
+        if o.copies:
+            return o.together * entries * (WIDE + inside) + -(-o.together // o.ranks) * (
+                4 * entries * inside + few ** 2 * inside)
         wide = WIDE * (1 + (o.ranks > 1))
         gathered = o.together * entries * WIDE * (job.cpu and o.ranks > 1)        # gloo gathers instead of exchanging
         return o.count * (gathered + -(-o.together // o.ranks) * (entries * (wide + 4 * inside) + few ** 2 * inside))

@@ -169,11 +169,15 @@ def muon_s(job: Job, board: Machine, config: LMConfig, iterations: int = 5) -> f
     """Newton-Schulz iterations of a rank's share of the matrices, which come to it whole, and leave."""
     wide = job.precision == "fp32" or job.widened or "bf16" not in board.peaks
     kind, spent = "fp32" if wide else "bf16", 0.0
-    group = groups(job.sizes, board.per_node)["sharded" if job.parallel.zero else "tensor"]
+    of = groups(job.sizes, board.per_node)
+    group = of["sharded" if job.parallel.zero else "tensor"]
     for o in orthogonal(config, job, chunks(config, job)[0]):
         few, many = sorted((o.rows, o.columns))
         spent += iterations * (product_s(board, kind, few, many, few, o.share) + product_s(
             board, kind, few, few, few, o.share) + product_s(board, kind, few, few, many, o.share))
         spent += moved_s(board, iterations * 6 * WIDE * few * many * o.share, compiled=True)
-        spent += 2 * exchange_s(board, group, WIDE * few * many * o.share) * (o.ranks > 1)
+        if o.copies:
+            spent += gather_s(board, of["parts"], (WIDE if wide else 2) * few * many * o.number)
+        else:
+            spent += 2 * exchange_s(board, group, WIDE * few * many * o.share) * (o.ranks > 1)
     return spent
