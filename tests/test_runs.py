@@ -126,6 +126,28 @@ def losses(run: Path) -> list[tuple]:
     return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("bits_per_byte")) for r in rows]
 
 
+def test_a_rank_that_is_killed_comes_back_under_torchrun(corpus, tmp_path):
+    """Nobody gives the command again: the launcher starts all ranks anew, and they go on from the newest checkpoint."""
+    finish(train(corpus, tmp_path / "whole", ranks=2))
+    run, told = tmp_path / "parts", tmp_path / "told"
+    command = train(corpus, run, "--resume", "auto", ranks=2, torchrun=True)
+    command[3:3] = ["--max-restarts", "3", "--monitor-interval", "0.2"]
+    with told.open("w") as out:
+        launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for(lambda: launcher.poll() is not None or last_step(run) >= 20)
+        workers = [pid for pid in family(launcher.pid) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(workers[0], signal.SIGKILL)
+        assert launcher.wait(120) == 0, told.read_text()[-3000:]
+    finally:
+        if launcher.poll() is None:
+            for pid in family(launcher.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    assert "going on from" in told.read_text()
+    assert losses(run) == losses(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("kind,ranks", [("adamw", 1), ("muon", 2)])
 def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, kind, ranks):
     more = ["--optim.kind", kind, "--loop.ema", 0.9]

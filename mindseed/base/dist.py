@@ -15,6 +15,7 @@ from typing import Any, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mindseed.base.errors import UserError
 from mindseed.base.watch import Watch
@@ -81,6 +82,14 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def meet(backend: str) -> None:
+    """Join the other processes where the launcher says. Where torchrun starts ranks anew, its store still holds the
+    addresses of those that died (pytorch#135712), so every attempt has a part of the store to itself."""
+    store, rank, world = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the group that torchrun set up, with nccl on CUDA and gloo elsewhere; leave it at the end. If this rank
@@ -89,7 +98,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if launched():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if world_size() > 1:
             life = [secrets.token_hex(8)]
             dist.broadcast_object_list(life, src=0)
