@@ -146,6 +146,17 @@ def test_ranks_that_mean_different_runs_are_told_apart():
         assert "data: rank 0: b; ranks 1, 2, 3: a" in text and "torch" not in text
 
 
+def leaves_first(rank: int, ranks: int) -> int:
+    from mindseed.base import watch
+    watch.BEAT_S = 0.2
+    time.sleep(3.0 * bool(rank))                  # rank 0 is done, and with it would go what the others' watches read
+    return rank
+
+
+def test_who_is_done_first_waits_for_the_others():
+    assert on_ranks(leaves_first, 3) == [0, 1, 2]
+
+
 STOPS = """import sys, torch
 from mindseed.base import dist
 from mindseed.base.errors import UserError

@@ -105,8 +105,10 @@ def process_group(device: torch.device) -> Iterator[None]:
             watch = Watch(rank(), world_size(), life[0])
             watch.start()
     word: str | None = None
+    well = False
     try:
         yield
+        well = True
     except RuntimeError as error:
         word = str(error)
         if watch is None or not any(sign in word for sign in LOST):
@@ -118,7 +120,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise
     finally:
         if watch:
-            watch.stop(word)
+            watch.stop(word, well=well)
         share(None)
         if dist.is_initialized():                 # ZeRO on one process makes a group of its own
             dist.destroy_process_group()

@@ -66,15 +66,26 @@ class Watch(threading.Thread):
             return "rank 0, or the machine that began the run, is gone"
         return None
 
-    def stop(self, word: str | None = None) -> None:
+    def stop(self, word: str | None = None, *, well: bool = True) -> None:
+        """`word`: why this rank has failed; `well`: it ends because its work is done."""
         self.over.set()
         try:
             if word is not None:
                 self.leave(f"rank {self.rank} failed: {word}")
             self.store.set(f"done-{self.rank}", "1")
+            if self.rank == 0:
+                self.wait_for_others(SILENCE_S if well else 2 * BEAT_S)
         except RuntimeError:
             pass                                  # nobody is left to be told
         self.join(2 * BEAT_S)
+
+    def wait_for_others(self, seconds: float) -> None:
+        """The store may lie in this process, and who is still at work, or has not heard the last word, needs it."""
+        others, until = [f"done-{rank}" for rank in range(1, self.world)], time.monotonic() + seconds
+        while not self.store.check(others) and time.monotonic() < until:
+            if seconds == SILENCE_S and self.store.check(["word"]):               # somebody has failed
+                return
+            time.sleep(0.02)
 
     def end(self, why: str) -> None:
         """End the process from here: its main thread waits for somebody who will not come."""
