@@ -97,7 +97,7 @@ def prepare(case: Case) -> tuple[Run, Mesh | None]:
                    precision=case.precision)
     source = Dealt(case.config.vocab_size, case.width, case.accumulate)
     return Run(source, objective, backend, schedule=lambda step: case.optim.lr, accumulate=case.accumulate,
-               balance=Balance(model)), mesh
+               balance=Balance(model, mesh and mesh.pipeline)), mesh
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

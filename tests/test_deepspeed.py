@@ -399,6 +399,7 @@ def test_settings_follow_from_the_options():
     assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"],
             config["gradient_accumulation_steps"], config["gradient_clipping"]) == (32, 4, 8, 0.5)
     assert config["torch_autocast"]["dtype"] == "bfloat16" and config["torch_autocast"]["lower_precision_safe_modules"]
+    assert deepspeed_config(zero=1, params=1001)["zero_optimization"]["allgather_bucket_size"] == 1002
     assert deepspeed_config(zero=0)["gradient_clipping"] == 0 and "torch_autocast" not in deepspeed_config(zero=1)
     assert "offload_param" not in deepspeed_config(zero=2, offload=True)["zero_optimization"]
     assert all(deepspeed_config(**how).keys() <= KNOWN for how in EVERY)

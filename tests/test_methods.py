@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,27 @@ def test_two_ranks_do_what_one_does(place, tmp_path, name, zero):
         assert [x or 0 for x in one] == pytest.approx([x or 0 for x in two], rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_what_a_loss_does_not_read_does_not_learn(place, tmp_path, name):
+    """Modules for further tokens, and a head where only values are told: DDP would wait for their gradients, and states
+    of theirs would be missing where a run goes on."""
+    loaded = load_directory(place / "model")
+    layers = loaded.model.config.layers
+    start = build(replace(loaded.model.config, tied=False, mtp=layers[-1:]), seed=3)
+    save_directory(start, loaded.tokenizer, tmp_path / "start")
+    more = {"model__start": tmp_path / "start", "loop__micro_batch": 2, "schedule__kind": "constant",
+            "schedule__warmup_steps": 0}
+    finish(command(place, tmp_path / "one", name, steps=4, **more))
+    finish(command(place, tmp_path / "two", name, ranks=2, steps=2, **more))
+    finish(command(place, tmp_path / "two", name, "--resume", ranks=2, steps=3, parallel__zero=2, **more))
+    finish(command(place, tmp_path / "two", name, "--resume", steps=4, **more))
+    told = [[(row["step"], row["loss"]) for row in log(tmp_path / run) if "loss" in row] for run in ("one", "two")]
+    assert len(told[0]) == 4 and told[1] == [(step, pytest.approx(loss, rel=2e-3)) for step, loss in told[0]]
+    learnt = load_directory(tmp_path / "two" / "model").model.state_dict()
+    moved = {key.split(".")[0] for key, x in start.state_dict().items() if not torch.equal(x, learnt[key])}
+    assert moved == {"embed", "blocks", "norm"} | ({"head"} if name == "dpo" else set())
+
+
 def test_the_adapter_alone_and_the_merged_model_are_the_same(place, tmp_path):
     said = finish(command(place, tmp_path / "run", "adapter"))
     assert "adapter alone is in" in said
@@ -188,7 +210,7 @@ def test_the_reference_is_asked_once_or_live_for_the_same_losses(place, tmp_path
     ("distill", {"distill__teacher": "nowhere"}, "nowhere"),
     ("adapter", {"lora__targets": "q_proj"}, "q_proj"),
     ("adapter", {"lora__rank": 4096}, "4 to 64 are usual"),
-    ("kto", {"loop__micro_batch": 2}, "cannot be accumulated"),
+    ("kto", {"loop__micro_batch": 2}, "cannot be cut into micro-batches"),
     ("dpo", {"dpo__beta": 0}, "beta=0"),
     ("sft", {"lora__nf4": "true"}, "give lora.rank as well")])
 def test_what_users_do_wrong(place, tmp_path, name, more, says):

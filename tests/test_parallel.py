@@ -171,6 +171,8 @@ def same(found: list[dict[str, Any]], wanted: dict[str, Any], tolerance: float =
     for rank in found:
         for name in ("loss", "norm"):
             assert rank[name] == pytest.approx(wanted[name], rel=tolerance), name
+        for ours, theirs in zip(rank["figures"], wanted["figures"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9)              # loads of all experts among them
         for name, x in rank["weights"].items():
             assert abs(x - wanted["weights"][name]).max() < tolerance, name
     held = {name for rank in found for name in rank["weights"]}

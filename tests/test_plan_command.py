@@ -46,6 +46,13 @@ def test_a_published_model_on_many_devices(capsys):
     assert abs(int(re.search(r"time │ ([\d.]+) years", text)[1].split(".")[0]) - int(days / 365.25)) <= 1
 
 
+def test_what_fits_is_nothing_that_a_run_refuses(capsys):
+    """States in 8 bits are not for a mesh, so none is advised."""
+    text = shown(capsys, "plan", "llama-13b", "--gpus", "8", "--hardware", "l40s", "--data.seq_len", "64",
+                 "--loop.batch", "8", "--optim.kind", "adamw", "--optim.states", "8bit")
+    assert "this needs" in text and "what fits is none of the settings near to it" in text
+
+
 def test_old_names_of_the_flags_mean_the_same(capsys):
     line = ["plan", "--depth", "4", "--loop.steps", "10", "--loop.batch", "64"]
     assert shown(capsys, *line, "--gpus", "8", "--hardware", "h100") == shown(

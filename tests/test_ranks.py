@@ -97,6 +97,9 @@ def test_what_a_layer_cannot(mixer, ffn, options, says):
     ({"parallel": ParallelOptions(tensor=2), "objective": {"label_smoothing": 0.1}}, "needs the whole vocabulary"),
     ({"parallel": ParallelOptions(context=2), "lora": {"rank": 4}}, "adapters .* run data-parallel"),
     ({"parallel": ParallelOptions(tensor=2), "loop": {"sample_every": 5}}, "samples cannot be drawn"),
+    ({"parallel": ParallelOptions(expert=2), "lora": {"rank": 4}}, "adapters .* not with parallel.expert"),
+    ({"parallel": ParallelOptions(expert=2), "loop": {"sample_every": 5}}, "samples cannot be drawn"),
+    ({"method": "distill", "parallel": ParallelOptions(expert=2), "distill": {"on_policy": 0.5}}, "draws answers"),
     *(({"parallel": ParallelOptions(pipe=2, schedule=schedule), "loop": {"recompute": how}}, f"the {schedule} schedule")
       for schedule in ("zero-bubble", "dualpipe-v") for how in (True, "selective")),
     ({"parallel": ParallelOptions(zero=1), "optim": {"states": "8bit", "kind": "adamw"}}, "optim.states=8bit")])

@@ -174,7 +174,7 @@ def test_fp16_skips_overflowing_steps_and_goes_on(kind):
 def test_unsplittable_objective_refuses_accumulation():
     objective = SFT()
     object.__setattr__(objective, "splittable", False)
-    with pytest.raises(UserError, match="accumulate"):
+    with pytest.raises(UserError, match="cut into micro-batches"):
         make_run(tiny_model(), Fixed([random_batch(2, 8)]), accumulate=2, objective=objective)
 
 

@@ -44,6 +44,11 @@ class Mesh:
         return self.axes[axis].get_local_rank()
 
     @property
+    def pipeline(self) -> torch_dist.ProcessGroup | None:
+        """The ranks that have the other stages, if there are any."""
+        return self.group("pipe") if self.sizes.pipe > 1 else None
+
+    @property
     def shards(self) -> DeviceMesh:
         """Where FSDP shards: one axis, or (copies, shards) under hybrid sharding."""
         return self.weights["replica", "sharded"] if self.sizes.replica > 1 else self.axes["sharded"]

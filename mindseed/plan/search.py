@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mindseed.base.mesh import ParallelOptions
 from mindseed.models.config import LMConfig
@@ -147,7 +148,8 @@ def powers(most: int) -> list[int]:
     return [1 << i for i in range(max(1, most).bit_length())]
 
 
-def nearest(config: LMConfig, job: Job, room: float) -> Job | None:
+def nearest(config: LMConfig, job: Job, room: float, *,
+            refused: Callable[[Job], Any] = lambda job: ()) -> Job | None:
     """The smallest change to a job that does not fit after which it does: less at a time, more computed again, more
     shared out; None if nothing of that is enough."""
     parallel, tries = job.parallel, []
@@ -171,7 +173,7 @@ def nearest(config: LMConfig, job: Job, room: float) -> Job | None:
     for one in tries:
         if one.parallel.pipe > 1 and one.rows != job.rows or one.parallel.problems(one.world):
             continue
-        if one.recompute and one.parallel.splits_backward:
+        if one.recompute and one.parallel.splits_backward or refused(one):
             continue
         if memory_of(config, one).total <= room:
             return one

@@ -27,6 +27,7 @@ from mindseed.core import Objective
 from mindseed.interop.directory import config_of
 from mindseed.models.config import LMConfig
 from mindseed.models.splitting import splitting_problems
+from mindseed.models.upcycle import upcycled_config
 from mindseed.parallel.mesh import Mesh
 from mindseed.plan.job import Job
 from mindseed.plan.memory import memory_of
@@ -69,14 +70,18 @@ def run_problems(options: TrainOptions | RLOptions) -> list[str]:
     """What in the options, the model aside, does not go with the mesh."""
     mesh, found, method = options.parallel, [], getattr(options, "method", "rl")
     inside = [name for name in ("tensor", "context", "pipe") if getattr(mesh, name) > 1]
-    named = " and ".join(f"parallel.{name}" for name in inside)
+    apart = inside + ["expert"] * (mesh.expert > 1)          # where no rank can have the whole model for a while
+    named, parted = (" and ".join(f"parallel.{name}" for name in names) for names in (inside, apart))
     if inside and method != "sft":
-        found.append(f"{named} are for --method sft alone; {method} runs data-parallel, with parallel.zero or without")
-    if inside and options.lora.rank:
-        found.append(f"adapters (lora.rank) run data-parallel, with parallel.zero or without, not with {named}")
-    if inside and getattr(options.loop, "sample_every", None):
-        found.append(f"loop.sample_every: samples cannot be drawn while the model lies on several ranks ({named}); "
+        found.append(f"{named}: for --method sft alone; {method} runs data-parallel, with parallel.zero or without")
+    if apart and options.lora.rank:
+        found.append(f"adapters (lora.rank) run data-parallel, with parallel.zero or without, not with {parted}")
+    if apart and getattr(options.loop, "sample_every", None):
+        found.append(f"loop.sample_every: samples cannot be drawn while the model lies on several ranks ({parted}); "
                      "`mindseed generate` draws them from the model at the end")
+    if mesh.expert > 1 and (method == "rl" or method == "distill" and options.distill.on_policy):
+        found.append("parallel.expert: every rank draws answers of its own, as long as they come, and experts on other "
+                     "ranks would wait for each other; share the weights out with parallel.zero")
     if mesh.tensor > 1 and getattr(getattr(options, "objective", None), "label_smoothing", 0):
         found.append("objective.label_smoothing needs the whole vocabulary, which parallel.tensor splits")
     if not mesh.plain and options.optim.states != "fp32":
@@ -104,8 +109,12 @@ def run_problems(options: TrainOptions | RLOptions) -> list[str]:
 
 def config_ahead(options: TrainOptions | RLOptions) -> LMConfig | None:
     """The model's shape, as far as it can be known before data are read."""
-    if options.model.start is not None:
+    if options.model.start is not None and isinstance(options, RLOptions):
         return config_of(options.model.start)
+    if options.model.start is not None:
+        config = config_of(options.model.start)
+        config, mixture = options.model.going_on(config, options.data.seq_len or 0), options.model.upcycling()
+        return config if mixture is None else upcycled_config(config, mixture)
     vocab_size = options.data.vocab_size
     prepared = [Path(entry) / "manifest.json" for entry in options.data.train or ()]
     if options.data.tokenizer and Path(options.data.tokenizer).exists():

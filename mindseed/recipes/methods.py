@@ -80,11 +80,16 @@ def heldout_of(entry: Prepared, options: TrainOptions) -> Evaluation | Once | No
 
 
 def equip(model: LM, options: TrainOptions) -> None:
-    """The value head that a reward model needs; what is none has none."""
+    """The value head that a reward model needs; what is none has none. What the loss does not read learns nothing, and
+    is no parameter to optimisers, DDP and checkpoints."""
     if options.method in VALUES and model.value_head is None:
         add_value_head(model, seed=options.seed)
     elif options.method not in VALUES:
         model.value_head = None
+    if options.method not in ("sft", "distill"):
+        model.mtp.requires_grad_(False)
+    if options.method in VALUES and model.head is not None:
+        model.head.requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,6 +200,11 @@ def without_effect(options: TrainOptions) -> list[str]:
                "distill.related": None if distill.relations else "distill.relations is 0"}
     causes |= {f"distill.{name}": None if distill.on_policy else "distill.on_policy is 0"
                for name in ("prompts", "answers", "max_new", "sampling_temperature")}
+    mesh = options.parallel
+    causes |= dict.fromkeys(("parallel.schedule", "parallel.microbatches"), "parallel.pipe is 1" if mesh.pipe == 1
+                            else None)
+    causes |= {"parallel.sequence": "parallel.tensor is 1" if mesh.tensor == 1 else None,
+               "parallel.gather": None if mesh.zero else "parallel.zero is 0"}
     packed = options.method in ("sft", "distill")
     causes |= dict.fromkeys(("data.packing", "data.cross_documents", "data.fim_rate"), None if packed else
                             f"--method {options.method} packs nothing but the two documents of a row")
@@ -249,7 +254,8 @@ def derive(options: TrainOptions, *, params: int, rows_per_epoch: int | None, wo
         micro = loop.micro_batch or pieces * largest_divisor(max(1, batch // world // pieces), micro // pieces)
         if batch % (micro * world):
             raise UserError(f"loop.batch={batch} rows cannot be cut into micro-batches of loop.micro_batch={micro} "
-                            f"rows on {world} rank(s); choose a batch that is a multiple of {micro * world}")
+                            f"rows on {world} rank(s); choose a batch that is a multiple of {micro * world}, or "
+                            "another loop.micro_batch")
     steps, lr = loop.steps, options.optim.lr
     if steps is None and tokens is not None:
         steps = max(1, math.ceil(tokens / (batch * seq_len)))

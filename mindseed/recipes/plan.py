@@ -25,11 +25,9 @@ from mindseed.base.errors import UserError
 from mindseed.base.hardware import peak, total_memory
 from mindseed.base.log import bytes_text, say, warn
 from mindseed.data.shards import Prepared
-from mindseed.interop.directory import config_of
-from mindseed.models.config import LMConfig
+from mindseed.models.config import LMConfig, untrainable
 from mindseed.models.presets import PRESETS
 from mindseed.models.splitting import splitting_problems
-from mindseed.models.upcycle import upcycled_config
 from mindseed.plan.flops import Flops, flops_per_token
 from mindseed.plan.job import Job
 from mindseed.plan.machines import Machine, machine
@@ -40,7 +38,7 @@ from mindseed.plan.published import PUBLISHED, published
 from mindseed.plan.search import ROOM, Plan, nearest, search
 from mindseed.plan.time import step_time
 from mindseed.recipes import plan_picture, plan_tables
-from mindseed.recipes.launch import job_of, run_problems
+from mindseed.recipes.launch import config_ahead, job_of, run_problems
 from mindseed.recipes.machine import choose_device, choose_precision, warn_if_too_big
 from mindseed.recipes.options import TrainOptions, derive, with_rows
 
@@ -110,7 +108,7 @@ def main(options: Options) -> None:
         warn("memory is that of adapters beside every matrix of the blocks; with lora.targets it is less")
     plan_tables.show_flops(flops)
     plan_tables.show_memory(memory, job, board)
-    warn_of_memory(config, job, board, device, memory.total)
+    warn_of_memory(options, config, job, board, device, memory.total)
     if time:
         plan_tables.show_time(time)
         plan_tables.show_transfers(time)
@@ -139,19 +137,10 @@ def the_model(options: Options) -> tuple[Options, LMConfig]:
         raise UserError(f"{name!r} is neither a preset nor a published model nor a model directory"
                         f"{suggestion(name, [*PRESETS, *PUBLISHED])}")
     options = with_rows(options)
-    return options, model_config(options)
-
-
-def model_config(options: TrainOptions) -> LMConfig:
-    if options.model.start is not None:
-        config = options.model.going_on(config_of(options.model.start), options.data.seq_len)
-        mixture = options.model.upcycling()
-        return config if mixture is None else upcycled_config(config, mixture)
-    vocab_size = options.data.vocab_size
-    if options.data.tokenizer:
-        from mindseed.tokenizers.hf_json import load_tokenizer
-        vocab_size = load_tokenizer(options.data.tokenizer).vocab_size
-    return options.model.shape(options.depth).lm_config(vocab_size=vocab_size, seq_len=options.data.seq_len)
+    config = config_ahead(options)
+    if reason := untrainable(config):
+        warn(f"this model runs but must not be trained: {reason}")
+    return options, config
 
 
 def the_machine(options: Options) -> tuple[Machine, torch.device | None]:
@@ -239,13 +228,15 @@ def tokens_per_s(options: Options, config: LMConfig, job: Job, board: Machine, f
     return job.world * top * (options.mfu or ASSUMED_MFU) / flops.model
 
 
-def warn_of_memory(config: LMConfig, job: Job, board: Machine, device: torch.device | None, need: int) -> None:
+def warn_of_memory(options: Options, config: LMConfig, job: Job, board: Machine, device: torch.device | None,
+                   need: int) -> None:
     """Where it does not fit, and the smallest change after which it does."""
     if device is not None:
         return warn_if_too_big(need, device)
     if need <= ROOM * board.memory:
         return None
-    better = nearest(config, job, ROOM * board.memory)
+    better = nearest(config, job, ROOM * board.memory, refused=lambda one: run_problems(replace(
+        options, parallel=one.parallel, loop=replace(options.loop, recompute=one.recompute))))
     remedy = plan_tables.changes(job, better) if better else ("none of the settings near to it: --search tries every "
                                                               "mesh, and --gpus takes more devices")
     warn(f"this needs {bytes_text(need)}, and a {board.name} has {bytes_text(board.memory)}, of which {ROOM:.0%} are "

@@ -163,6 +163,7 @@ def check_early(options: RLOptions) -> None:
 def open_models(options: RLOptions, loaded: Loaded, device: torch.device) -> tuple[torch.nn.Module, Any]:
     """(what learns, the policy in it): they are the same unless the critic is a model of its own."""
     policy = loaded.model
+    policy.mtp.requires_grad_(False)              # no loss here looks further ahead
     if policy.value_head is not None:
         policy.value_head = None                  # a reward model's; as a policy it needs none
     if options.algorithm != "ppo":
@@ -170,7 +171,10 @@ def open_models(options: RLOptions, loaded: Loaded, device: torch.device) -> tup
     if options.model.critic == "head":
         add_value_head(policy, seed=options.seed)
         return policy.train(), policy
-    return ActorCritic(policy, critic_of(policy, seed=options.seed).to(device)).train(), policy
+    critic = critic_of(policy, seed=options.seed).to(device)
+    if critic.head is not None:
+        critic.head.requires_grad_(False)
+    return ActorCritic(policy, critic).train(), policy
 
 
 def reference_of(options: RLOptions, policy: Any, device: torch.device):

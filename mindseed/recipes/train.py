@@ -100,7 +100,8 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
         raise UserError(f"loop.attention=flex has no backward pass on {device.type}; leave it out")
     if options.loop.compile:
         model.compile_blocks()
-    run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device, balance=Balance(model),
+    run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device,
+              balance=Balance(model, mesh and mesh.pipeline),
               accumulate=max(1, (options.loop.batch or 0) // (options.loop.micro_batch * dist.row_ranks())),
               around=backend.whole if options.method in ("kto", "dpo", "distill") else contextlib.nullcontext)
     if options.loop.steps is None:

@@ -11,35 +11,47 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from torch import nn
 
 from mindseed.base import dist
 from mindseed.nn.balance import move_bias
 from mindseed.nn.moe import MoE
+from mindseed.parallel.checkpoint import config_mixtures
 
 
 class Balance:
-    """A callable of `Run.after_step`; its state (the loads of the last step) belongs into a checkpoint."""
+    """A callable of `Run.after_step`; its state (the loads of the last step) belongs into a checkpoint. `pipe` are the
+    ranks that have the other layers, if any do: all tell of all mixtures, by their number in the whole model."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, MoE)]
+    def __init__(self, model: nn.Module, pipe: torch_dist.ProcessGroup | None = None) -> None:
+        here = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+        every = config_mixtures(model) if pipe else [(name, module.config) for name, module in here.items()]
+        self.every = [(here.get(name), config) for name, config in every]
+        self.layers, self.pipe, self.device = list(here.values()), pipe, next(model.parameters()).device
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        if not self.layers:
+        if not self.every:
             return {}
-        taken = dist.sum_over_ranks(torch.cat([layer.load.take() for layer in self.layers]))
-        parts = taken.split([layer.config.experts + 2 for layer in self.layers])
+        sizes = [config.experts + 2 for _, config in self.every]
+        taken = dist.sum_over_ranks(torch.cat([
+            layer.load.take() if layer else torch.zeros(size, device=self.device)
+            for (layer, _), size in zip(self.every, sizes)]))
+        if self.pipe:
+            torch_dist.all_reduce(taken, group=self.pipe)
         values: dict[str, float] = {"load_max": 0.0, "router_entropy": 0.0, "dropped": 0.0}
-        for i, (layer, part) in enumerate(zip(self.layers, parts)):
+        for i, ((layer, config), part) in enumerate(zip(self.every, taken.split(sizes))):
             visits, (entropy, tokens) = part[:-2], part[-2:].tolist()
-            layer.load.last = visits / visits.sum()
-            if layer.config.bias:
-                move_bias(layer.bias, visits, layer.config.bias_rate)
-            shares = layer.load.last.tolist()
-            values["dropped"] += tokens * layer.config.top_k - visits.sum().item()
+            last = visits / visits.sum()
+            if layer:
+                layer.load.last = last
+            if layer and config.bias:
+                move_bias(layer.bias, visits, config.bias_rate)
+            shares = last.tolist()
+            values["dropped"] += tokens * config.top_k - visits.sum().item()
             values["load_max"] = max(values["load_max"], max(shares) * len(shares))
-            values["router_entropy"] += entropy / tokens / max(math.log(len(shares)), 1e-9) / len(self.layers)
+            values["router_entropy"] += entropy / tokens / max(math.log(len(shares)), 1e-9) / len(self.every)
             values |= {f"load/{i}/{e}": share for e, share in enumerate(shares)}
         return values
 

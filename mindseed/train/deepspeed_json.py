@@ -44,8 +44,8 @@ def deepspeed_config(*, zero: int, offload: bool = False, precision: Precision =
     larger; `pin`: offloaded memory is pinned, which a GPU reads faster. UserError for a file that contradicts our
     options or holds what DeepSpeed would overlook.
     """
-    stage: dict[str, Any] = {"stage": zero, "reduce_bucket_size": min(BUCKET, params),
-                             "allgather_bucket_size": min(BUCKET, params)}
+    bucket = min(BUCKET, params + params % 2)     # DeepSpeed wants an even number
+    stage: dict[str, Any] = {"stage": zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if offload:
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     if offload and zero == 3:

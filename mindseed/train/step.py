@@ -34,8 +34,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.accumulate > 1 and not self.objective.splittable:
-            raise UserError(f"{type(self.objective).__name__} compares all samples of a batch with each other, so it "
-                            f"cannot be accumulated: set accumulate to 1 (it is {self.accumulate})")
+            raise UserError(f"{type(self.objective).__name__} compares all samples of a batch with each other, so a "
+                            "batch cannot be cut into micro-batches: loop.micro_batch must be loop.batch divided by "
+                            f"the number of ranks, {self.accumulate} times what it is")
 
 
 def train_step(run: Run) -> dict[str, float]:
