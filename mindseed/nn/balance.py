@@ -10,8 +10,8 @@ and are chosen even more. Three remedies, which may be combined:
                             part in choosing, never in weighing, so it bends no gradient.
 
 Visits of a global batch, over all ranks and micro-batches, are known when the step is done. So the first remedy uses
-those of the step before: what a micro-batch contributes then does not depend on how the batch was cut. Padding counts as
-visits, so that holds for packed rows; those of preference pairs are as wide as the widest of their micro-batch.
+those of the step before: what a micro-batch contributes then does not depend on how the batch was cut. Padding counts
+as visits, so that holds for packed rows; those of preference pairs are as wide as the widest of their micro-batch.
 """
 from __future__ import annotations
 

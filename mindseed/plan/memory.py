@@ -321,7 +321,7 @@ def head_bytes(config: LMConfig, job: Job) -> tuple[float, float]:
     """(forward, backward): logits of one chunk with what is made of them; the head's gradient where it learns."""
     tokens, vocab = job.tokens, -(-config.vocab_size // job.sizes.tensor)
     narrow = WIDE if job.widened else job.itemsize
-    gradient = 0 if job.lora_rank else vocab * config.dim * WIDE
+    gradient = 0 if job.lora_rank else vocab * config.dim * WIDE * (1 + bool(config.mtp))      # of two uses, summed
     if job.cpu or job.precision == "fp16" or job.sizes.tensor > 1:                # core.ChunkedHead
         rows, wide = min(job.chunk, tokens), vocab * WIDE
         again = rows * wide * (2 if tokens > rows else 1) + gradient              # the chunk before is still there
