@@ -112,8 +112,8 @@ def config_ahead(options: TrainOptions | RLOptions) -> LMConfig | None:
     if options.model.start is not None and isinstance(options, RLOptions):
         return config_of(options.model.start)
     if options.model.start is not None:
-        config = config_of(options.model.start)
-        config, mixture = options.model.going_on(config, options.data.seq_len or 0), options.model.upcycling()
+        config, mixture = config_of(options.model.start), options.model.upcycling()
+        config = options.model.going_on(config, options.data.seq_len or config.seq_len)
         return config if mixture is None else upcycled_config(config, mixture)
     vocab_size = options.data.vocab_size
     prepared = [Path(entry) / "manifest.json" for entry in options.data.train or ()]
