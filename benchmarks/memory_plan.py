@@ -66,6 +66,8 @@ SETTINGS: dict[str, tuple[str, int, Job]] = {                # name: shape, voca
         pipe=2, microbatches=4))),
     "pipeline of 2, tied, a further token": ("mini/ahead", 6400, replace(FEW, rows=4, world=2, parallel=ParallelOptions(
         pipe=2, microbatches=4))),
+    "pipeline of 2 x ZeRO-3, 4 ranks": ("mini/untied", 6400, replace(FEW, rows=4, world=4, parallel=ParallelOptions(
+        pipe=2, microbatches=4, zero=3))),
     "experts on 2 ranks": ("qwen3-moe-toy", 6400, replace(FEW, rows=2, world=2, parallel=ParallelOptions(expert=2))),
 }
 

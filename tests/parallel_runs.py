@@ -71,6 +71,7 @@ class Case:
     recompute: bool | str = False
     dtype: torch.dtype = torch.float64
     precision: str = "fp32"
+    bf16: bool = False                            # weights that ZeRO gathers travel in it
 
 
 def randomised(config: LMConfig, dtype: torch.dtype) -> LM:
@@ -89,7 +90,7 @@ def prepare(case: Case) -> tuple[Run, Mesh | None]:
     mesh = make_mesh(case.options, torch.device("cpu"))
     model = randomised(case.config, case.dtype)
     model.recompute = case.recompute
-    parallelize(model, mesh)
+    parallelize(model, mesh, bf16=case.bf16)
     groups = parameter_groups(model, case.optim)
     objective = SFT(z_loss=1e-3, tags=(TAG,), tag_weight=3.0)
     kind = PipelinedBackend if mesh and mesh.sizes.pipe > 1 else NativeBackend

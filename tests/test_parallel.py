@@ -94,10 +94,22 @@ def half(options: dict[str, Any]) -> Case:
                 optim=OptimConfig(lr=1e-3))
 
 
+GATHERED = [{"zero": 3}, *({"pipe": 2, "microbatches": 4} | more for more in (
+    {"zero": 1}, {"zero": 3, "offload": True}, {"zero": 1, "schedule": "zero-bubble"},
+    {"zero": 3, "schedule": "interleaved"}))]
+
+
+def in_bf16(options: dict[str, Any]) -> Case:
+    """In bf16, with weights that travel in it."""
+    return Case(config=MODELS["ahead"], options=ParallelOptions(**options), dtype=torch.float32, precision="bf16",
+                optim=OptimConfig(lr=1e-3), bf16=bool(options))
+
+
 def all_of(rank: int, ranks: int) -> dict[str, list[Any]]:
     """Everything that so many ranks are asked in this file."""
     found: dict[str, list[Any]] = {"same": [trained(case_of(*labelled, ranks)) for labelled in LABELLED[ranks]]}
     if ranks == 2:
+        found["bf16"] = [trained(in_bf16(options)) for options in GATHERED]
         found |= {"half": [trained(half(options)) for options in HALF], "judged": [judged({"expert": 2})],
                   "drawn": [drawn_on(options) for options in LAYOUTS], "spoilt": [spoilt()]}
     return found
@@ -203,6 +215,16 @@ def test_fp16_leaves_out_the_same_steps_on_every_rank(number: int, together, hal
         assert not math.isfinite(rank["norm"].pop(1))
         assert rank["norm"] == pytest.approx([n for n in halved["norm"] if math.isfinite(n)], rel=1e-2)
     assert len({rank["hash"] for rank in found}) == 1
+
+
+@pytest.mark.parametrize("number", range(len(GATHERED)), ids=[label("bf16", options) for options in GATHERED])
+def test_weights_that_travel_in_bf16(number: int, together):
+    """A stage hands on what the next one takes it for."""
+    wanted = trained(in_bf16({}))
+    for rank in together[2]:
+        found = rank["bf16"][number]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=5e-3)
+        assert found["norm"] == pytest.approx(wanted["norm"], rel=5e-2)
 
 
 def test_ranks_that_share_experts_judge_any_number_of_batches(together):

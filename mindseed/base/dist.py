@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Iterator
 
 import torch
@@ -32,6 +34,7 @@ class Share:
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")    # gloo, nccl
+MEETING_S = 1800.0                                # as torch waits: a machine may be long in coming
 SHARE: list[Share] = []                           # at most one: the mesh in use
 
 
@@ -83,11 +86,46 @@ def launched() -> bool:
 
 
 def meet(backend: str) -> None:
-    """Join the other processes where the launcher says. Where torchrun starts ranks anew, its store still holds the
-    addresses of those that died (pytorch#135712), so every attempt has a part of the store to itself."""
+    """Join the other processes where the launcher says. Where torchrun starts ranks anew, its store may still hold the
+    addresses of those that died (pytorch#135712), so whoever meets has a part of the store to itself."""
     store, rank, world = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
+    life = greet(store, world) if rank == 0 else answer(store, rank)
+    dist.init_process_group(backend, store=dist.PrefixStore(life, store), rank=rank, world_size=world)
+
+
+def greet(store: dist.Store, world: int) -> str:
+    """Rank 0 makes up a word for this meeting and tells it to every rank that has said hello. Who said so in an earlier
+    life will not confirm it."""
+    life, told, missing = secrets.token_hex(8), {}, set(range(1, world))
+    until = time.monotonic() + MEETING_S
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"hello-{rank}"]):
+                hello = store.get(f"hello-{rank}").decode()
+                if told.get(rank) != hello:
+                    store.set(f"word-{hello}", life)
+                    told[rank] = hello
+                if store.check([f"heard-{hello}-{life}"]):
+                    missing.remove(rank)
+        if time.monotonic() > until:
+            raise UserError(f"ranks {', '.join(map(str, sorted(missing)[:8]))} have not come in {MEETING_S:.0f} s; "
+                            "were all ranks started, and can they reach MASTER_ADDR:MASTER_PORT?")
+        time.sleep(0.01 * bool(missing))
+    return life
+
+
+def answer(store: dist.Store, rank: int) -> str:
+    """The word of this meeting, as rank 0 tells it to a hello that nobody said before."""
+    hello = secrets.token_hex(8)
+    try:
+        store.set(f"hello-{rank}", hello)
+        store.wait([f"word-{hello}"], timedelta(seconds=MEETING_S))
+        life = store.get(f"word-{hello}").decode()
+        store.set(f"heard-{hello}-{life}", "")
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"rank {rank} has said hello and rank 0 did not answer ({why})") from None
+    return life
 
 
 @contextlib.contextmanager
@@ -137,9 +175,9 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def joined(x: Tensor) -> Tensor:
     """(n, ...) of every rank that holds different tokens -> (ranks n, ...), in their order."""
     group = SHARE[0].group if SHARE else None
-    every = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, x.contiguous(), group=group)
-    return torch.cat(every)
+    out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
 
 
 def place_among_parts() -> int:

@@ -46,7 +46,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault((*p.shape, p.device, getattr(p, "placements", ())), []).append(p)
             for params in by_shape.values():
-                some = ranks_of(params[0]) * max(1, AT_ONCE // params[0].numel())
+                ranks, some = ranks_of(params[0]), max(1, AT_ONCE // params[0].numel())
+                some = ranks * some if hasattr(params[0], "placements") else max(ranks, some)  # of slices, or of all
                 for start in range(0, len(params), some):
                     self.update(params[start:start + some], group)
 

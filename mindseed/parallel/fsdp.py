@@ -55,9 +55,10 @@ def shard(model: nn.Module, mesh: Mesh, *, bf16: bool, ignored: set[nn.Parameter
 
 
 def lets_go(mesh: Mesh) -> bool:
-    """Whether a block lets its weights go after the forward pass. Not where a schedule splits the backward pass: torch
-    looks for the gradients of what lies in a block when that begins, and slices would have none."""
-    return mesh.options.zero == 3 and not mesh.options.splits_backward
+    """Whether a block lets its weights go after the forward pass. Not in a pipeline: they would be gathered for every
+    piece, and a schedule that splits the backward pass looks for what gets gradients when that begins, where slices
+    would get none."""
+    return mesh.options.zero == 3 and mesh.sizes.pipe == 1
 
 
 def between_microbatches(root: FSDPModule, stage: int, *, last: bool) -> None:

@@ -118,6 +118,7 @@ class Stage(nn.Module):
         x = self.model.begin(x, positions) if self.first else x
         for i in self.range:
             x = self.model.run(self.model.blocks[i], found, x, layout)
+        x = x.to(wide)                            # as the next stage expects it, also where ZeRO gathers in bf16
         if not self.last:
             return (x, *(found[name] for name in self.names)) if self.names else x
         hidden = self.model.norm(x)

@@ -244,7 +244,7 @@ def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> Tra
     # Gradients: before the last micro-batch of a step, and after it.
     several = job.accumulate * job.pieces > 1 or stage == 0 and job.world > 1 and job.parallel.plain  # DDP's buckets
     after = 0 if job.parallel.offload else whole if stage == 0 else mine
-    before = several * (whole if stage < 2 else after)
+    before = several * (after if reduces_at_once(job) else whole)
     kept, borders = kept_by_layer(config, job, rank, held)
     logits, logits_back = head_bytes(config, job) if held[-1].last else (0, 0)
     full = {"activations": kept, "casts": casts, "gradients": before}
@@ -276,7 +276,12 @@ def rank_memory(config: LMConfig, job: Job, rank: int, held: list[Chunk]) -> Tra
 
 def lets_go(job: Job) -> bool:
     """Whether ZeRO gathers a block's weights whenever it runs (parallel/fsdp.py)."""
-    return job.parallel.zero == 3 and not job.parallel.splits_backward
+    return job.parallel.zero == 3 and job.sizes.pipe == 1
+
+
+def reduces_at_once(job: Job) -> bool:
+    """Whether gradients are reduced after every micro-batch; in a pipeline they wait until all pieces are through."""
+    return job.parallel.zero > 1 and job.sizes.pipe == 1
 
 
 BUCKET_BYTES = 25 << 20                                      # of gradients that are averaged in one go
@@ -370,7 +375,8 @@ def orthogonal(config: LMConfig, job: Job, held: list[Chunk]) -> list[Orthogonal
     for m, times in every:
         inside, most = tensor if m.split else 1, max(1, AT_ONCE // m.entries)
         if not job.parallel.zero and inside == 1 and not (m.experts and expert > 1):
-            found[m.rows, m.columns, 1, sizes.parts, sizes.parts * most * m.count, sizes.parts > 1] += times * m.count
+            some = max(sizes.parts, most) * m.count
+            found[m.rows, m.columns, 1, sizes.parts, some, sizes.parts > 1] += times * m.count
             continue
         if m.experts:                             # whole where they are
             outside, count, ranks = expert if expert > 1 else shards, -(-m.count // max(expert, shards)), inside
@@ -390,7 +396,7 @@ def muon_bytes(config: LMConfig, job: Job, held: list[Chunk]) -> float:
     def one(o: Orthogonal) -> float:
         few, entries = min(o.rows, o.columns), o.rows * o.columns
         if o.copies:
-            return o.together * entries * (WIDE + inside) + -(-o.together // o.ranks) * (
+            return o.together * entries * (WIDE + inside + WIDE * (inside < WIDE)) + -(-o.together // o.ranks) * (
                 4 * entries * inside + few ** 2 * inside)
         wide = WIDE * (1 + (o.ranks > 1))
         gathered = o.together * entries * WIDE * (job.cpu and o.ranks > 1)        # gloo gathers instead of exchanging

@@ -124,7 +124,7 @@ def sharings(base: ParallelOptions, data: int, context: int, expert: int, per_no
     else:
         shards = sorted({data, *(s for s in (per_node,) if s < data and data % s == 0)})
     for shard in shards:
-        for zero in (1, 3) if base.pipe > 1 else (1, 2, 3):
+        for zero in (1,) if base.pipe > 1 else (1, 2, 3):    # a pipeline keeps all whole while pieces are on their way
             yield replace(base, zero=zero, replicas=data // shard)
 
 

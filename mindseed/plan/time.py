@@ -23,7 +23,8 @@ from mindseed.plan.flops import flops_per_token
 from mindseed.plan.job import Chunk, Job, by_model, chunks, unlike
 from mindseed.plan.machines import HIDDEN, MEMORY, Machine
 from mindseed.plan.memory import (
-    BUCKET_BYTES, Weights, has_a_copy, layer_weights, lets_go, orthogonal, table_entries, table_weights)
+    BUCKET_BYTES, Weights, has_a_copy, layer_weights, lets_go, orthogonal, reduces_at_once, table_entries,
+    table_weights)
 from mindseed.plan.pipeline import bubble_s
 from mindseed.plan.roofline import moved_s, product_s
 from mindseed.plan.work import Work, block_work, head_work
@@ -142,7 +143,7 @@ def data_parallel(job: Job, board: Machine, rank: Rank) -> tuple[float, list[Tra
         return waited, found
     group, width, dense = of["sharded"], job.gather_itemsize, weights.numbers
     blocks = max(1.0, dense / max(1.0, rank.largest.numbers))
-    gathers, sums = (2 * micro if lets_go(job) else 1), (micro if stage > 1 else 1)
+    gathers, sums = (2 * micro if lets_go(job) else 1), (micro if reduces_at_once(job) else 1)
     one, summed = gather_s(board, group, width * dense / blocks), gather_s(board, group, WIDE * weights.dense / blocks)
     if sizes.replica > 1:
         summed += reduce_s(board, of["replica"], WIDE * weights.dense / blocks / group.ranks)

@@ -101,7 +101,7 @@ def train_in(run_folder: Path, options: TrainOptions, given: TrainOptions, devic
     if options.loop.compile:
         model.compile_blocks()
     run = Run(source, objective, backend, schedule=lambda step: 0.0, device=device,
-              balance=Balance(model, mesh and mesh.pipeline),
+              balance=Balance(model, mesh and mesh.pipeline, device=device),
               accumulate=max(1, (options.loop.batch or 0) // (options.loop.micro_batch * dist.row_ranks())),
               around=backend.whole if options.method in ("kto", "dpo", "distill") else contextlib.nullcontext)
     if options.loop.steps is None:

@@ -24,11 +24,14 @@ class Balance:
     """A callable of `Run.after_step`; its state (the loads of the last step) belongs into a checkpoint. `pipe` are the
     ranks that have the other layers, if any do: all tell of all mixtures, by their number in the whole model."""
 
-    def __init__(self, model: nn.Module, pipe: torch_dist.ProcessGroup | None = None) -> None:
+    def __init__(self, model: nn.Module, pipe: torch_dist.ProcessGroup | None = None, *,
+                 device: torch.device | None = None) -> None:
+        """`device`: where the model runs, which is not where its parameters lie if they are offloaded."""
         here = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
         every = config_mixtures(model) if pipe else [(name, module.config) for name, module in here.items()]
         self.every = [(here.get(name), config) for name, config in every]
-        self.layers, self.pipe, self.device = list(here.values()), pipe, next(model.parameters()).device
+        self.layers, self.pipe = list(here.values()), pipe
+        self.device = device or next(model.parameters()).device
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:

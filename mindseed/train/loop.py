@@ -151,7 +151,8 @@ def speed(plan: Fit, values: dict[str, float], spent_s: float) -> dict[str, Any]
 
 def stop_message(plan: Fit, error: NonFinite) -> str:
     if plan.checkpoints:
-        plan.checkpoints.wait()                   # for the one that is being written
+        with contextlib.suppress(UserError):      # of the one that is being written
+            plan.checkpoints.wait()
     newest = plan.checkpoints.found()[-1:] if plan.checkpoints else []
     kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint had been written"
     wide = getattr(plan.run.backend, "precision", "") == "fp32"
