@@ -31,7 +31,8 @@ class ParallelOptions:
     backend: Literal["native", "deepspeed"] = option(
         "native", help="native: torch's own engine; deepspeed: DeepSpeed's, for parallel.zero and parallel.offload")
     zero: int = option(0, help="what data-parallel ranks share out instead of each keeping it whole: 0 nothing (DDP), "
-                               "1 optimiser states, 2 gradients too, 3 weights too (FSDP2)")
+                               "1 optimiser states, 2 gradients too, 3 weights too (FSDP2); in a pipeline 2 and 3 save "
+                               "no more than 1")
     replicas: int = option(1, help="with zero: whole copies, each sharded over the ranks of its group (hybrid "
                                    "sharding)")
     tensor: int = option(1, help="ranks that share every matrix of a block: tensor parallel")
