@@ -74,16 +74,17 @@ class Watch(threading.Thread):
                 self.leave(f"rank {self.rank} failed: {word}")
             self.store.set(f"done-{self.rank}", "1")
             if self.rank == 0:
-                self.wait_for_others(SILENCE_S if well else 2 * BEAT_S)
+                self.wait_for_others(well)
         except RuntimeError:
             pass                                  # nobody is left to be told
         self.join(2 * BEAT_S)
 
-    def wait_for_others(self, seconds: float) -> None:
+    def wait_for_others(self, well: bool) -> None:
         """The store may lie in this process, and who is still at work, or has not heard the last word, needs it."""
-        others, until = [f"done-{rank}" for rank in range(1, self.world)], time.monotonic() + seconds
+        others = [f"done-{rank}" for rank in range(1, self.world)]
+        until = time.monotonic() + (SILENCE_S if well else 2 * BEAT_S)
         while not self.store.check(others) and time.monotonic() < until:
-            if seconds == SILENCE_S and self.store.check(["word"]):               # somebody has failed
+            if well and self.store.check(["word"]):                               # somebody has failed
                 return
             time.sleep(0.02)
 
